@@ -1,0 +1,57 @@
+"""Every error that FedGen-Edge raises on purpose, in one readable tree.
+
+``code`` is what a client puts on the wire instead of the text: the text may name files or prompts and stays on the
+device (see ``fedgen_app.federation.wire.guarded``). ``exit_status`` is what the ``fedgen`` command returns.
+"""
+
+from __future__ import annotations
+
+
+class FedgenError(Exception):
+    """Base of all of them."""
+
+    code = 100
+    exit_status = 3
+
+
+class SettingsError(FedgenError):
+    """A setting or an argument is wrong; nothing was started."""
+
+    code = 101
+    exit_status = 2
+
+
+class DataError(FedgenError):
+    """Data cannot be read, or there is too little of it."""
+
+    code = 102
+
+
+class BackboneError(FedgenError):
+    """A backbone cannot be loaded, or has no layer that takes the adapter."""
+
+    code = 103
+
+
+class AdapterError(FedgenError):
+    """An adapter does not fit the backbone, or its file is damaged."""
+
+    code = 104
+
+
+class PolicyError(FedgenError):
+    """A device refuses what the server asks for."""
+
+    code = 105
+
+
+class CheckpointError(FedgenError):
+    """A checkpoint is damaged or does not belong to this run."""
+
+    code = 106
+
+
+class RunError(FedgenError):
+    """The federation cannot go on."""
+
+    code = 107
