@@ -1,0 +1,290 @@
+"""Read documents: bundled topics, a file, a folder or a data set of the hub."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgen_app.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IntArray = NDArray[np.int64]
+Split = Literal["train", "test"]
+
+BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+LINES_PER_PIECE = 16
+NO_LABEL = "none"
+
+_ROLE = re.compile(r"(?:.*[._-])?(train|test|validation|valid|val|dev)(?:-\d+-of-\d+)?", re.IGNORECASE)
+_HUB_ID = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[^:@]+))?(?:@(?P<revision>[^@]+))?"
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of one split.
+
+    name: how a model card names the source: "bundled topics", a file's or folder's name, a hub id.
+    texts: the documents, in source order.
+    labels: one per document where the source has a label column.
+    running: True where the texts are consecutive pieces of plain text files, whose concatenation gives the
+        files back byte for byte; False where each text is a record of its own.
+    skipped: records left out because their text was missing, not a string, or empty.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    running: bool
+    skipped: int
+
+
+def load_corpus(
+    source: str, split: Split, *, text_column: str = "text", label_column: str = ""
+) -> Corpus | None:
+    """Read one split of ``source``; None where there is no test split.
+
+    source: "bundled"; a file (.txt .csv .json .jsonl .parquet: all of it is the training split); a folder of
+    such files; a folder written by ``datasets.save_to_disk``; or a hub id ``owner/name[:config][@revision]``.
+    In a folder, ``[PREFIX.]train.*`` and ``[PREFIX.]test.*`` are the splits; without the former, every file
+    that names no split trains. Validation files are left alone.
+
+    Raises DataError where the source, a column or every document is missing, or a file is not what its ending
+    says.
+    """
+    path = Path(source).expanduser()
+    if source == "bundled":
+        import fedgen_assets
+
+        name, label_column = "bundled topics", label_column or "topic"
+        files = _split_files(Path(fedgen_assets.path("topics")), split)
+    elif path.is_file():
+        name, files = path.name, [path] if split == "train" else []
+    elif path.is_dir():
+        name = path.resolve().name
+        if _is_saved(path):
+            return _saved(path, split, text_column, label_column)
+        files = _split_files(path, split)
+    else:
+        return _from_hub(source, split, text_column, label_column)
+    if not files:
+        return None
+    kind = _kind_of(files, source)
+    if kind == "text":
+        return _plain(name, files, source, text_column, label_column)
+    dataset = _read_records(kind, files, source, [column for column in (text_column, label_column) if column])
+    return _records(name, dataset, source, text_column, label_column)
+
+
+def holdout(count: int, fraction: float, seed: int) -> tuple[IntArray, IntArray]:
+    """Indices of the documents to train on and of those held out, each sorted and int64.
+
+    Where count >= 2, each side has at least one. A single document stands on both sides: there is no other
+    way to say anything about it. Raises DataError for count 0.
+    """
+    if count < 1:
+        raise DataError("there is no document to hold out: the client's share is empty")
+    if count == 1:
+        return np.zeros(1, np.int64), np.zeros(1, np.int64)
+    held = min(max(round(count * fraction), 1), count - 1)
+    order = np.random.default_rng(seed).permutation(count).astype(np.int64)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def _split_files(folder: Path, split: Split) -> list[Path]:
+    """Give the files of ``split`` in ``folder`` or, as hub downloads have it, in ``folder/data``."""
+    files = _supported(folder) or _supported(folder / "data")
+    if not files:
+        folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        inside = f"; its subfolders: {', '.join(folders)}" if folders else ""
+        raise DataError(f"{folder} holds no file of kind {' '.join(BUILDERS)}{inside}")
+    roles = {file: match[1].lower() if (match := _ROLE.fullmatch(file.stem)) else "" for file in files}
+    wanted = [file for file in files if roles[file] == split]
+    if split == "train" and not wanted:
+        wanted = [file for file in files if not roles[file]]
+        if not wanted:
+            names = ", ".join(file.name for file in files)
+            raise DataError(f"{folder} holds no training file (train.*), only {names}")
+    return wanted
+
+
+def _supported(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in BUILDERS and file.name[0] != "." and file.is_file()
+    )
+
+
+def _kind_of(files: Sequence[Path], source: str) -> str:
+    kinds = {BUILDERS.get(file.suffix.lower(), "") for file in files}
+    if "" in kinds:
+        raise DataError(f"{source} has an ending that cannot be read; allowed: {' '.join(BUILDERS)}")
+    if len(kinds) > 1:
+        raise DataError(f"{source} mixes {', '.join(sorted(kinds))} files in one split; keep one kind")
+    return kinds.pop()
+
+
+def _plain(name: str, files: Iterable[Path], source: str, text_column: str, label_column: str) -> Corpus:
+    # Read here and not by `datasets`, which turns \r\n into \n.
+    _check_columns(["text"], [text_column, label_column], source)
+    texts = tuple(piece for file in files for piece in _pieces(_decoded(file)))
+    return _checked(Corpus(name, texts, None, running=True, skipped=0), source)
+
+
+def _decoded(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8: byte {error.start} ({error.reason}); convert it to UTF-8"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut at blank lines, which stay with the piece before them, and after 16 lines where there are none."""
+    piece: list[str] = []
+    filled, blank_before = 0, False
+    for line in io.StringIO(text, newline=""):  # newline="": ends at \n, \r\n or \r, and keeps them
+        blank = not line.strip()
+        if filled and not blank and (blank_before or filled == LINES_PER_PIECE):
+            yield "".join(piece)
+            piece, filled = [], 0
+        piece.append(line)
+        filled += not blank
+        blank_before = blank
+    if piece:
+        yield "".join(piece)
+
+
+def _read_records(kind: str, files: Sequence[Path], source: str, columns: Sequence[str]) -> Dataset:
+    if kind != "parquet":
+        for file in files:  # checked here: the readers differ in what they let pass, and none names the byte
+            _decoded(file)
+    filled = [str(file) for file in files if file.stat().st_size]
+    if not filled:
+        raise DataError(f"{source} holds no document: it is empty")
+    datasets = _quiet_datasets()
+    options: dict[str, Any] = {}
+    try:
+        if kind == "csv":
+            options = _csv_options(filled[0], columns, source)
+        return datasets.load_dataset(kind, data_files={"train": filled}, split="train", **options)
+    except DataError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{source} holds no document or cannot be read: {error.__cause__ or error}"
+        ) from error
+
+
+def _csv_options(file: str, columns: Sequence[str], source: str) -> dict[str, Any]:
+    """Ask for strings as they stand: guessed types would turn the text "NA" into nothing and "007" into 7."""
+    import pandas
+
+    _check_columns([str(column) for column in pandas.read_csv(file, nrows=0).columns], columns, source)
+    converters = dict.fromkeys(columns, str)
+    return {"usecols": list(converters), "converters": converters, "keep_default_na": False}
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _saved(folder: Path, split: Split, text_column: str, label_column: str) -> Corpus | None:
+    datasets = _quiet_datasets()
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder} cannot be read as a saved data set: {error}") from error
+    splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
+    return _choose(folder.resolve().name, splits, split, str(folder), text_column, label_column)
+
+
+def _from_hub(source: str, split: Split, text_column: str, label_column: str) -> Corpus | None:
+    match = _HUB_ID.fullmatch(source)
+    if match is None or Path(source).suffix.lower() in BUILDERS:
+        raise DataError(
+            f"{source}: no such file or folder; allowed: bundled, a file ({' '.join(BUILDERS)}), a folder, "
+            "or a hub id owner/name[:config][@revision]"
+        )
+    name = match["name"]
+    datasets = _quiet_datasets()
+    try:
+        splits = datasets.load_dataset(name, match["config"], revision=match["revision"])
+    except OSError as error:  # out of reach, not there, or private
+        raise DataError(
+            f"{source} is no file or folder here, and the hub does not give it ({error}): download it with "
+            f"`hf download --repo-type dataset {name} --local-dir FOLDER` where there is a net and set "
+            "dataset=FOLDER"
+        ) from error
+    except (ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{source} cannot be read: {error.__cause__ or error}") from error
+    return _choose(name, splits, split, source, text_column, label_column)
+
+
+def _choose(
+    name: str, splits: Any, split: Split, source: str, text_column: str, label_column: str
+) -> Corpus | None:
+    if split in splits:
+        return _records(name, splits[split], source, text_column, label_column)
+    if split == "test":
+        return None
+    raise DataError(f"{source} has no split train, only {', '.join(map(str, splits))}")
+
+
+def _records(name: str, dataset: Dataset, source: str, text_column: str, label_column: str) -> Corpus:
+    _check_columns(dataset.column_names, [text_column, label_column], source)
+    texts = list(dataset[text_column])
+    kept = [index for index, text in enumerate(texts) if isinstance(text, str) and text]
+    labels = None
+    if label_column:
+        values, feature = list(dataset[label_column]), dataset.features[label_column]
+        labels = tuple(_label(values[index], feature) for index in kept)
+    corpus = Corpus(
+        name, tuple(texts[index] for index in kept), labels, running=False, skipped=len(texts) - len(kept)
+    )
+    return _checked(corpus, source)
+
+
+def _label(value: object, feature: Any) -> str:
+    """Give a class its name; -1 is how ``datasets`` writes a class that is missing."""
+    names = getattr(feature, "names", None)
+    if value is None or (names and value == -1):
+        return NO_LABEL
+    return str(names[value]) if names and isinstance(value, int) else str(value)
+
+
+def _check_columns(there: Sequence[str], wanted: Iterable[str], source: str) -> None:
+    for column in wanted:
+        if column and column not in there:
+            raise DataError(f"{source} has no column {column!r}; its columns: {', '.join(there)}")
+
+
+def _checked(corpus: Corpus, source: str) -> Corpus:
+    if not any(text.strip() for text in corpus.texts):
+        left_out = f" ({corpus.skipped} records without text)" if corpus.skipped else ""
+        raise DataError(f"{source} holds no document{left_out}")
+    return corpus
+
+
+def _quiet_datasets() -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it also raises
+    return datasets
