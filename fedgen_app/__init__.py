@@ -1,0 +1,1 @@
+"""FedGen-Edge: federated LoRA adaptation of generative models, as one Flower application."""

@@ -1,0 +1,34 @@
+"""The ``fedgen`` command. Bad input ends with exit status 2 before torch or Flower is even imported."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from fedgen_app.cli import generate, presets, resume, run
+from fedgen_app.errors import FedgenError
+
+app = typer.Typer(
+    name="fedgen",
+    help="Federated LoRA for generative models: the backbone stays frozen, only small adapters travel.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run.run)
+app.command("resume")(resume.resume)
+app.command("generate")(generate.generate)
+app.command("presets")(presets.presets)
+
+
+def main() -> None:
+    """Entry point: an error that we raise on purpose is one message on standard error and an exit status."""
+    try:
+        app()
+    except FedgenError as error:
+        print(f"fedgen: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("fedgen: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,72 @@
+"""``fedgen generate``: let a run's model speak, with the global, a personal, a cluster's or no adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedgen_app.errors import SettingsError
+from fedgen_app.settings import Settings
+
+
+def generate(
+    run_dir: Annotated[Path, typer.Argument(help="The run folder.")],
+    client: Annotated[str, typer.Option(help="With this client's personal adapter.")] = "",
+    cluster: Annotated[str, typer.Option(help="With this cluster's adapter.")] = "",
+    frozen: Annotated[bool, typer.Option("--frozen", help="With no adapter.")] = False,
+    prompt: Annotated[str, typer.Option(help="What to continue; default: the run's own prompts.")] = "",
+    count: Annotated[int, typer.Option(min=1, help="How many samples per prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: the run's seed.")] = None,
+    length: Annotated[int, typer.Option(min=0, help="New tokens; 0: as the run's settings say.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="A file to write to; default: the terminal.")] = None,
+) -> None:
+    """Generate samples."""
+    if sum(map(bool, (client, cluster, frozen))) > 1:
+        raise SettingsError("--client, --cluster and --frozen exclude each other")
+    folder = run_dir.resolve()
+    settings = _settings(folder)
+    file = _adapter_file(folder, client, cluster)
+    if not frozen and not file.is_file():
+        raise SettingsError(f"{file}: no such adapter in this run; there are {', '.join(_adapters(folder)) or 'none'}")
+
+    from fedgen_app.learning import adapters
+    from fedgen_app.learning.backbone import load_task, open_backbone
+
+    task = load_task(settings.task)
+    backbone = open_backbone(settings)
+    texts = [text for text in ([prompt] if prompt else task.prompts(settings)) for _ in range(count)]
+    arguments = (backbone, texts, settings.seed if seed is None else seed, length or settings.samples.length)
+    if frozen:
+        with backbone.model.disable_adapter():
+            samples = task.sample(*arguments)
+    else:
+        adapters.write(backbone.model, adapters.load_adapter(file, backbone.layout))
+        samples = task.sample(*arguments)
+    text = "\n\n---\n\n".join(str(sample.content).strip() for sample in samples) + "\n"
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
+def _settings(folder: Path) -> Settings:
+    try:
+        run_config = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{folder}: not a run folder: {error}") from None
+    return Settings.from_run_config(run_config)
+
+
+def _adapter_file(folder: Path, client: str, cluster: str) -> Path:
+    for option, value in (("--client", client), ("--cluster", cluster)):
+        if value and (Path(value).name != value or value.startswith(".")):
+            raise SettingsError(f"{option} {value}: should be an id such as {', '.join(_adapters(folder)[:3])}")
+    part = f"clients/{client}" if client else f"clusters/{cluster}" if cluster else "global"
+    return folder / part / "adapter_model.safetensors"
+
+
+def _adapters(folder: Path) -> list[str]:
+    return [str(f.parent.relative_to(folder)) for f in sorted(folder.glob("**/adapter_model.safetensors"))]

@@ -1,0 +1,222 @@
+"""What ``run`` and ``resume`` share: start an engine, show what happens, end with the truth."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import fedgen_app
+from fedgen_app.errors import FedgenError, RunError, SettingsError
+from fedgen_app.files import to_json, write_atomic
+from fedgen_app.runs import report
+from fedgen_app.settings import Value, read_toml
+
+COMPLETED = "finished:completed"
+
+
+class Engine(StrEnum):
+    """How a simulation runs."""
+
+    FLOWER = "flower"
+    IN_PROCESS = "in-process"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run was started; kept as launch.json so that ``resume`` does the same."""
+
+    app_dir: str
+    engine: str
+    clients: int
+    superlink: str
+    run_config: dict[str, Value]
+
+
+def find_app(app_dir: Path | None) -> Path:
+    """The folder of the Flower app: the given one, the current one, or the checkout that this package runs from.
+
+    Raises:
+        SettingsError: none of them is one.
+    """
+    checkout = Path(fedgen_app.__file__).parents[1]
+    for folder in [app_dir] if app_dir else [Path.cwd(), checkout]:
+        file = folder / "pyproject.toml"
+        if file.is_file() and "flwr" in read_toml(file).get("tool", {}):
+            return folder.resolve()
+    raise SettingsError(
+        f"{app_dir or Path.cwd()}: no Flower app here (a folder with server_app.py, client_app.py and pyproject.toml)"
+    )
+
+
+class Display:
+    """Events of a run as lines, and where a terminal is attached the replies of a round as a status."""
+
+    def __init__(self, console: Console, live: bool) -> None:
+        self.console = console
+        self.status = console.status("starting") if live and console.is_terminal else None
+        if self.status:
+            self.status.start()
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """One event."""
+        if self.status and event["event"] == "reply":
+            self.status.update(f"round {event['round']}: {event['done']} of {event['of']} clients have answered")
+        if text := report.line(event):
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the status line away."""
+        if self.status:
+            self.status.stop()
+
+
+class Tail:
+    """New events of an events.jsonl that another process writes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.position = file.stat().st_size if file.exists() else 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not self.file.exists():
+            return
+        with self.file.open("rb") as stream:
+            stream.seek(self.position)
+            for line in stream:
+                if not line.endswith(b"\n"):  # still being written
+                    return
+                self.position += len(line)
+                yield json.loads(line)
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def execute(launch: Launch, folder: Path) -> None:
+    """Run to the end, show the table.
+
+    Raises:
+        FedgenError: the run failed; its text is the reason.
+        KeyboardInterrupt: it was interrupted, by Ctrl-C or SIGTERM.
+    """
+    signal.signal(signal.SIGTERM, _terminated)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "launch.json", to_json(asdict(launch)))
+    console = Console()
+    display = Display(console, live=launch.engine == Engine.FLOWER or bool(launch.superlink))
+    try:
+        if launch.superlink or launch.engine == Engine.FLOWER:
+            _with_flower(launch, folder, display)
+        else:
+            _in_process(launch, display)
+    except KeyboardInterrupt:
+        _settle(folder, "interrupted", "interrupted")
+        print(f"to go on: fedgen resume {folder}", file=sys.stderr)
+        raise
+    finally:
+        display.close()
+    show_results(folder, console)
+
+
+def _with_flower(launch: Launch, folder: Path, display: Display) -> None:
+    from fedgen_app.engines import flower
+
+    tail = Tail(folder / "events.jsonl")
+    reason = ""
+
+    def tick() -> None:
+        nonlocal reason
+        for event in tail:
+            display.show(event)
+            reason = event["reason"] if event["event"] == "end" else reason
+
+    app_dir, log_file = Path(launch.app_dir), folder / "flower.log"
+    if launch.superlink:
+        status = flower.submit(app_dir, launch.run_config, superlink=launch.superlink, log_file=log_file, tick=tick)
+    else:
+        gpus = _gpus_per_client(launch)
+        status = flower.simulate(
+            app_dir,
+            launch.run_config,
+            clients=launch.clients,
+            log_file=log_file,
+            gpus_per_client=gpus,
+            tick=tick,
+        )
+    tick()
+    if status != COMPLETED:
+        raise RunError(_settle(folder, "failed", reason or f"the run ended as {status}; see {log_file}"))
+
+
+def _gpus_per_client(launch: Launch) -> float:
+    """All clients that run at the same time share one GPU, where the settings do not forbid it."""
+    if launch.run_config["device"] == "cpu":
+        return 0.0
+    import torch
+
+    return 0.25 if torch.cuda.is_available() else 0.0
+
+
+def _in_process(launch: Launch, display: Display) -> None:
+    import logging
+
+    from fedgen_app.engines import in_process
+    from fedgen_app.runs import session
+
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    session.listeners.append(display.show)
+    folder = Path(str(launch.run_config["resume-from"] or launch.run_config["output-dir"]))
+    try:
+        in_process.run(Path(launch.app_dir), launch.run_config, launch.clients)
+    except FedgenError as error:
+        raise type(error)(_settle(folder, "failed", str(error))) from error
+    except Exception as error:  # whatever breaks the run: its traceback, then the reason as the last line
+        traceback.print_exc()
+        reason = _settle(folder, "failed", f"{type(error).__name__}: {error}")
+        raise RunError(reason) from error
+    finally:
+        session.listeners.remove(display.show)
+
+
+def _settle(folder: Path, status: str, reason: str) -> str:
+    """Correct a results.json that a killed ServerApp left at "running"; the reason, with how to go on."""
+    file = folder / "results.json"
+    if file.exists():
+        results = json.loads(file.read_text(encoding="utf-8"))
+        if results["status"] == "running":
+            write_atomic(file, to_json(results | {"status": status, "reason": reason}))
+    if (folder / "checkpoints").is_dir() and "fedgen resume" not in reason:
+        return f"{reason}; to go on: fedgen resume {folder}"
+    return reason
+
+
+def show_results(folder: Path, console: Console) -> None:
+    """The short table at the end of a run."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    final = results["final"]
+    name = report.headline(results)
+    table = Table(title=f"{results['task']}, {results['method']}: {name.replace('_', ' ')}")
+    for column in ("adapter", "server's test set", "clients' own hold-out"):
+        table.add_column(column, justify="left" if column == "adapter" else "right")
+    for row in report.table(results, name):
+        table.add_row(*row)
+    console.print(table)
+    uplink = final["uplink_bytes_per_client_round"]
+    if uplink is not None:
+        console.print(
+            f"uplink per client and round: {report.size(uplink)}; the full model would be "
+            f"{report.size(final['full_model_bytes'])} ({final['uplink_reduction']:.2%} less)",
+            highlight=False,
+        )
+    console.print(f"adapter: {folder / 'global'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,59 @@
+"""``fedgen run``: check everything, then run the federation to its end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedgen_app.cli import presets
+from fedgen_app.cli.launch import Engine, Launch, execute, find_app
+from fedgen_app.errors import SettingsError
+from fedgen_app.settings import Settings, Value, absolute, check_paths, defaults
+
+DEFAULT_CLIENTS = 10
+
+
+def run(
+    app_dir: Annotated[Path | None, typer.Argument(help="Folder of the Flower app; default: this one.")] = None,
+    preset: Annotated[str, typer.Option(help="A preset's name (see `fedgen presets`) or a TOML file.")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The run folder; default: runs/<time>-<task>-<method>.")] = None,
+    clients: Annotated[int | None, typer.Option(min=1, help="Number of simulated clients.")] = None,
+    engine: Annotated[Engine, typer.Option(help="How to simulate.")] = Engine.FLOWER,
+    superlink: Annotated[str, typer.Option(help="Submit to this connection of Flower's config.toml instead.")] = "",
+) -> None:
+    """Run a federation: exit status 0 if and only if it completed."""
+    found = find_app(app_dir)
+    config = defaults(found) | (presets.load(preset) if preset else {}) | dict(map(_assignment, set_ or []))
+    if output is not None:
+        config["output-dir"] = str(output)
+    settings = Settings.from_run_config(absolute(config))
+    check_paths(settings)
+    if settings.resume_from:
+        raise SettingsError(f"resume-from = {settings.resume_from!r}: to go on with a run: fedgen resume RUN_DIR")
+    if superlink and clients:
+        raise SettingsError(f"--clients {clients}: --superlink {superlink} has the clients that it has")
+    number = 0 if superlink else clients or settings.expected_clients or DEFAULT_CLIENTS
+    folder = Path(settings.output_dir or Path.cwd() / "runs" / _default_name(settings))
+    if (folder / "launch.json").exists() or (folder / "settings.json").exists():
+        raise SettingsError(f"--output {folder}: holds a run already; to go on with it: fedgen resume {folder}")
+    run_config = settings.flat() | {"output-dir": str(folder)}
+    if not superlink:
+        run_config["expected-clients"] = number
+    execute(Launch(str(found), engine.value, number, superlink, run_config), folder)
+
+
+def _default_name(settings: Settings) -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.task}-{settings.method}"
+
+
+def _assignment(text: str) -> tuple[str, Value]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"--set {text}: should be KEY=VALUE")
+    return key.strip(), value

@@ -1,0 +1,162 @@
+"""One check per reply, in one place: what passes becomes an Update, what does not costs that client this round only."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from flwr.app import Message
+
+from fedgen_app.errors import PolicyError
+from fedgen_app.federation import wire
+from fedgen_app.federation.aggregation import change_norm, shrink
+from fedgen_app.federation.method import ClientId, Lora, Update
+from fedgen_app.learning.adapters import Adapter, Layout, digest_of
+from fedgen_app.settings import AdmissionSettings
+
+# A mean loss per token or pixel beyond this is no measurement: ln(vocabulary) is about 12 for the largest ones.
+ABSURD_LOSS = 1e4
+# Largest count of examples that is taken for a count at all; what is plausible is capped by admission.max-weight.
+LARGEST_COUNT = 2**53
+PERSONAL_STATES = ("frozen", "global", "personal")
+METRIC_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
+
+
+class Rejected(Exception):
+    """A reply that is not used; ``reason`` is one of the words of results.json, the text is for the server's log."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a good reply of this round looks like.
+
+    Attributes:
+        number: The round.
+        layout: Keys and shapes of the shared tensors.
+        reference: The global adapter that was sent, under those keys and perhaps more.
+        metrics: Names of the metrics that must be there beside num-examples, and no others.
+    """
+
+    number: int
+    layout: Layout
+    reference: Adapter
+    lora: Lora
+    codec: str
+    metrics: frozenset[str]
+    limits: AdmissionSettings
+
+
+def check(message: Message, client: ClientId, expected: Expected) -> Update:
+    """The update that a reply carries.
+
+    Raises:
+        Rejected: with the reason.
+    """
+    if message.has_error():
+        reason = "policy" if message.error.code == PolicyError.code else "error"
+        raise Rejected(reason, f"code {message.error.code}")
+    content = message.content
+    if set(content) != {"arrays", "metrics", "reply"}:
+        raise Rejected("malformed", f"records {sorted(content)[:5]}")
+    try:
+        arrays, metrics = content.array_records["arrays"], content.metric_records["metrics"]
+        facts = content.config_records["reply"]
+    except KeyError as error:
+        raise Rejected("malformed", f"record {error} is of another kind") from None
+    if facts.get(wire.ROUND) != expected.number:
+        raise Rejected("stale", f"answers round {facts.get(wire.ROUND)!r} in round {expected.number}")
+    if facts.get(wire.LAYOUT) != digest_of(expected.layout):
+        raise Rejected("keys", f"layout {facts.get(wire.LAYOUT)!r}, expected {digest_of(expected.layout)}")
+    try:
+        adapter = wire.unpack(arrays, expected.layout, expected.codec)
+    except wire.WireError as error:
+        raise Rejected(error.reason, str(error)) from None
+    for key, tensor in adapter.items():
+        if not torch.isfinite(tensor).all():
+            raise Rejected("non-finite", key)
+    num_examples = _weight(metrics.get(wire.NUM_EXAMPLES))
+    measured = _metrics(dict(metrics), expected.metrics)
+    adapter = _within_norm(adapter, expected)
+    return Update(client, adapter, expected.lora.rank, num_examples, metrics=measured)
+
+
+def _weight(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST_COUNT:
+        raise Rejected("weight", f"num-examples = {value!r}")
+    return float(value)
+
+
+def _metrics(metrics: dict[str, object], names: frozenset[str]) -> dict[str, float]:
+    metrics.pop(wire.NUM_EXAMPLES, None)
+    if set(metrics) != names:
+        raise Rejected("metrics", f"{sorted(metrics)[:5]}, expected {sorted(names)}")
+    measured = {}
+    for name, value in metrics.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise Rejected("metrics", f"{name} = {value!r}")
+        if name.endswith("loss") and not 0 <= value < ABSURD_LOSS:
+            raise Rejected("metrics", f"{name} = {value!r}")
+        measured[name] = float(value)
+    return measured
+
+
+def _within_norm(adapter: Adapter, expected: Expected) -> Adapter:
+    limit = expected.limits.max_update_norm
+    if not limit:
+        return adapter
+    old = {key: expected.reference[key] for key, _ in expected.layout}
+    norm = change_norm(adapter, old, expected.lora.scaling)
+    if norm <= limit:
+        return adapter
+    if expected.limits.norm_action == "clip" and math.isfinite(norm):
+        return shrink(adapter, old, expected.lora.scaling, limit)
+    raise Rejected("norm", f"{norm:.4g} > admission.max-update-norm = {limit:g}")
+
+
+def cap_weights(updates: Sequence[Update], most: float) -> list[Update]:
+    """No weight above ``most`` times the median of the round's weights, so that no one can outvote all; 0: no cap."""
+    if not most or not updates:
+        return list(updates)
+    limit = most * statistics.median(u.num_examples for u in updates)
+    return [replace(u, num_examples=min(u.num_examples, limit)) for u in updates]
+
+
+def personal_metrics(message: Message | None, number: int) -> dict[str, Any]:
+    """A client's entry of ``personal``: examples and its metrics with the frozen, global and personal adapter.
+
+    The metrics arrive as ``frozen.<name>``, ``global.<name>``, ``personal.<name>``.
+
+    Raises:
+        Rejected: with the reason.
+    """
+    if message is None:
+        raise Rejected("timeout")
+    if message.has_error():
+        raise Rejected("policy" if message.error.code == PolicyError.code else "error", f"code {message.error.code}")
+    try:
+        metrics = dict(message.content.metric_records["metrics"])
+        facts = message.content.config_records["reply"]
+    except KeyError as error:
+        raise Rejected("malformed", f"no record {error}") from None
+    if facts.get(wire.ROUND) != number:
+        raise Rejected("stale", f"answers round {facts.get(wire.ROUND)!r}")
+    entry: dict[str, Any] = {"examples": int(_weight(metrics.pop(wire.NUM_EXAMPLES, None)))}
+    for name, value in sorted(metrics.items()):
+        state, _, metric = name.partition(".")
+        if state not in PERSONAL_STATES or not METRIC_NAME.fullmatch(metric):
+            raise Rejected("metrics", f"unexpected metric {name[:80]!r}")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise Rejected("metrics", f"{name} = {value!r}")
+        entry.setdefault(state, {})[metric] = float(value)
+    if len({frozenset(entry.get(state, {})) for state in PERSONAL_STATES}) != 1 or "global" not in entry:
+        raise Rejected("metrics", "frozen, global and personal do not have the same metrics")
+    return entry

@@ -1,0 +1,85 @@
+"""Send messages and collect the replies, never waiting without a bound.
+
+Flower's own ``send_and_receive`` polls every 3 s and waits for all; a fleet needs a quorum, a grace and a deadline.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+# A message stays valid a little longer than anyone waits for it, and then it is gone from the SuperLink too.
+TTL_MARGIN = 60.0
+POLL_SECONDS = (0.02, 0.5)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait, in seconds, and for which fraction of the messages.
+
+    ``grace``: once the quorum is there, how long the others may still take. Irrelevant at quorum 1.
+    """
+
+    deadline: float
+    quorum: float = 1.0
+    grace: float = 0.0
+
+
+@dataclass
+class Replies:
+    """What came back: at most one message per node, the nodes that sent more, and the nodes that sent nothing."""
+
+    messages: dict[int, Message] = field(default_factory=dict)
+    duplicates: set[int] = field(default_factory=set)
+    missing: set[int] = field(default_factory=set)
+
+
+def collect(
+    grid: Grid,
+    messages: Iterable[Message],
+    patience: Patience,
+    on_reply: Callable[[int, int], None] = lambda done, of: None,
+) -> Replies:
+    """Push the messages and pull replies until the quorum (plus grace), the deadline, or all have answered.
+
+    Args:
+        messages: One per node.
+        on_reply: Called with (replies so far, messages sent) whenever something arrived.
+    """
+    outgoing = list(messages)
+    waiting: dict[str, int] = {}
+    result = Replies(missing={m.metadata.dst_node_id for m in outgoing})
+    for message, identifier in zip(outgoing, grid.push_messages(outgoing), strict=True):
+        if identifier:  # empty: the SuperLink knows that node no longer
+            waiting[identifier] = message.metadata.dst_node_id
+    needed = max(1, math.ceil(patience.quorum * len(outgoing)))
+    end = time.monotonic() + patience.deadline
+    pause, quorum_reached = POLL_SECONDS[0], False
+    while waiting and time.monotonic() < end:
+        arrived = list(grid.pull_messages(list(waiting)))
+        for message in arrived:
+            _take(message, waiting, result)
+        if arrived:
+            on_reply(len(result.messages), len(outgoing))
+            pause = POLL_SECONDS[0]
+        good = sum(not m.has_error() for m in result.messages.values())
+        if patience.quorum < 1 and good >= needed and not quorum_reached:
+            quorum_reached, end = True, min(end, time.monotonic() + patience.grace)
+        if waiting and not arrived:
+            time.sleep(min(pause, max(0.0, end - time.monotonic())))
+            pause = min(pause * 1.5, POLL_SECONDS[1])
+    return result
+
+
+def _take(message: Message, waiting: dict[str, int], result: Replies) -> None:
+    node = waiting.pop(message.metadata.reply_to_message_id, None)
+    if node is not None:
+        result.messages[node] = message
+        result.missing.discard(node)
+    elif message.metadata.src_node_id in result.messages:
+        result.duplicates.add(message.metadata.src_node_id)

@@ -1,0 +1,149 @@
+"""Who takes part: the roll call, and the clients that it admits."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import floor
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedgen_app.errors import PolicyError
+from fedgen_app.federation.exchange import TTL_MARGIN, Patience, collect
+from fedgen_app.federation.method import ClientId
+from fedgen_app.seeds import derive
+
+CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+ROLL_CALL = f"{MessageType.QUERY}.roll_call"
+Report = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client as it presented itself."""
+
+    client: ClientId
+    node: int
+    num_examples: int
+    rank: int
+    facts: dict[str, str]
+
+
+def parse_client(text: str) -> ClientId:
+    """A client's id: a number where it is written as one, else a plain name that is safe as a folder's name.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not CLIENT_NAME.fullmatch(text):
+        raise ValueError(f"client id {text[:80]!r}: should be up to 64 letters, digits, '.', '_' or '-'")
+    return int(text) if text.isdecimal() and (text == "0" or not text.startswith("0")) else text
+
+
+def in_order(clients: Iterable[ClientId]) -> list[ClientId]:
+    """Numbers first and by value, then names: the one order in which clients are drawn and added up."""
+    return sorted(clients, key=lambda c: (isinstance(c, str), c if isinstance(c, int) else 0, str(c)))
+
+
+@dataclass
+class Roster:
+    """The clients of a run, by id; asks every node that it has not asked yet.
+
+    Attributes:
+        fingerprint: Of the server's backbone; a node with another one is left out.
+        expected: Wait for so many clients; 0: in a simulation for all of them, else for the first.
+        simulated: How many clients the simulation has, as its nodes say; 0: real devices.
+    """
+
+    fingerprint: str
+    expected: int
+    deadline: float
+    report: Report
+    members: dict[ClientId, Member] = field(default_factory=dict)
+    left_out: dict[int, str] = field(default_factory=dict)
+    simulated: int = 0
+
+    def call(self, grid: Grid) -> None:
+        """Ask all nodes and wait, at most ``deadline`` seconds, until the expected clients are there."""
+        end = time.monotonic() + self.deadline
+        while True:
+            simulated = self.ask_newcomers(grid, max(1.0, end - time.monotonic()))
+            expected = self.expected or simulated or max(1, len(self.members))
+            if len(self.members) + len(self.left_out) >= expected and self.members:
+                return
+            if time.monotonic() >= end:
+                self.report("roll-call-timeout", clients=len(self.members), expected=expected)
+                return
+            time.sleep(0.2)
+
+    def ask_newcomers(self, grid: Grid, deadline: float) -> int:
+        """Ask the nodes that are new; returns how many clients a simulation says it has, else 0."""
+        nodes = set(grid.get_node_ids())
+        known = {m.node for m in self.members.values()} | set(self.left_out)
+        fresh = sorted(nodes - known)
+        if not fresh:
+            return self.simulated
+        messages = [
+            Message(RecordDict({"config": ConfigRecord({})}), n, ROLL_CALL, ttl=deadline + TTL_MARGIN) for n in fresh
+        ]
+        replies = collect(grid, messages, Patience(deadline))
+        claims: dict[ClientId, list[Member]] = {}
+        for node, message in sorted(replies.messages.items()):
+            member = self._read(node, message)
+            if member is not None:
+                claims.setdefault(member.client, []).append(member)
+        for client in in_order(claims):
+            self._settle(client, claims[client], nodes)
+        return self.simulated
+
+    _simulated: int = 0
+
+    def _read(self, node: int, message: Message) -> Member | None:
+        if message.has_error():
+            reason = "policy" if message.error.code == PolicyError.code else "error"
+            return self._leave_out(node, reason, f"answered with code {message.error.code}")
+        try:
+            facts = message.content.config_records["reply"]
+            client = parse_client(str(facts["client"]))
+            examples, rank = facts["num-examples"], facts["rank"]
+            fingerprint, simulated = str(facts["fingerprint"]), facts["simulated-clients"]
+        except (KeyError, ValueError) as error:
+            return self._leave_out(node, "malformed", f"{type(error).__name__} in its answer")
+        if not (isinstance(examples, int) and examples > 0 and isinstance(rank, int) and rank > 0):
+            return self._leave_out(node, "weight", f"num-examples = {examples!r}, rank = {rank!r}")
+        if fingerprint != self.fingerprint:
+            detail = f"its backbone is {fingerprint[:80]}, the server's is {self.fingerprint}"
+            return self._leave_out(node, "fingerprint", detail, client)
+        if isinstance(simulated, int) and simulated > 0:
+            self.simulated = simulated
+        versions = {key: str(facts[key]) for key in ("torch", "transformers", "peft", "dtype") if key in facts}
+        return Member(client, node, examples, rank, versions)
+
+    def _settle(self, client: ClientId, claims: list[Member], nodes: set[int]) -> None:
+        before = self.members.get(client)
+        if before is not None and before.node in nodes:  # still there: someone else takes its name
+            claims.append(before)
+        if len(claims) > 1:
+            self.members.pop(client, None)
+            for member in claims:
+                self._leave_out(member.node, "duplicate", f"{len(claims)} nodes claim this id", client)
+            return
+        self.members[client] = claims[0]
+
+    def _leave_out(self, node: int, reason: str, detail: str, client: ClientId | None = None) -> None:
+        self.left_out[node] = reason
+        self.report("left-out", node=node, client=client, reason=reason, detail=detail)
+
+    def present(self, grid: Grid) -> list[ClientId]:
+        """The clients whose nodes are connected now, in order."""
+        nodes = set(grid.get_node_ids())
+        return in_order(c for c, m in self.members.items() if m.node in nodes)
+
+    def choose(self, present: list[ClientId], fraction: float, seed: int, number: int) -> list[ClientId]:
+        """A seeded draw over client ids (node ids are random in every run), at least one."""
+        size = max(1, floor(fraction * len(present) + 0.5))
+        return in_order(random.Random(derive(seed, "choose", number)).sample(present, min(size, len(present))))

@@ -1,0 +1,298 @@
+"""FedLora: one round is choose, send, admit, aggregate, save, evaluate; no client can spoil it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedgen_app.errors import RunError
+from fedgen_app.federation import admission, wire
+from fedgen_app.federation.exchange import TTL_MARGIN, Patience, Replies, collect
+from fedgen_app.federation.method import ClientId, GlobalState, Lora, Method, Round, Update
+from fedgen_app.federation.roster import Roster, in_order
+from fedgen_app.learning.adapters import Adapter, layout_of
+from fedgen_app.seeds import derive
+from fedgen_app.settings import Settings
+
+TRAIN = MessageType.TRAIN
+PERSONALISE = f"{MessageType.TRAIN}.personalise"
+TRAIN_METRICS = frozenset({"train_loss", "seconds"})
+# So many rounds in a row without one usable reply are no bad luck any more.
+FUTILE_ROUNDS = 3
+
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+Save = Callable[[int, GlobalState, list[dict[str, Any]]], None]
+
+
+@dataclass
+class Outcome:
+    """What became of the clients chosen in one exchange."""
+
+    updates: list[Update] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    uplink_bytes: int = 0
+
+
+class FedLora(Strategy):
+    """Federated averaging of adapters (or another method's rule) with bounded waiting, admission and checkpoints.
+
+    Args:
+        state: What the first round starts from.
+        history: The entries of ``rounds`` in results.json so far; a resumed run goes on after them.
+        save: Called with (round, state, history) after every aggregation.
+        report: Called with (event, fields) whenever something is worth a line.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        method: Method,
+        lora: Lora,
+        roster: Roster,
+        state: GlobalState,
+        history: list[dict[str, Any]],
+        run_name: str,
+        save: Save,
+        report: Callable[..., None],
+    ) -> None:
+        self.settings = settings
+        self.method = method
+        self.lora = lora
+        self.roster = roster
+        self.state = state
+        self.history = history
+        self.run_name = run_name
+        self.save = save
+        self.report = report
+        self._nodes: dict[int, ClientId] = {}
+        self._downlink = 0
+
+    def summary(self) -> None:
+        """Say what is about to happen."""
+        s = self.settings
+        self.report(
+            "start",
+            task=s.task,
+            method=s.method,
+            rounds=s.num_server_rounds,
+            done=len(self.history),
+            clients=len(self.roster.members),
+            rank=self.lora.rank,
+        )
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 0,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Evaluate | None = None,
+    ) -> Result:
+        """Run the rounds that are still to be done, up to ``num_rounds`` (0: as the settings say).
+
+        The state is the strategy's own (``state``), not ``initial_arrays``; ``round.deadline`` bounds the waiting.
+
+        Raises:
+            RunError: no client is left, or nothing usable came back for several rounds.
+        """
+        self.summary()
+        if self.history and self.history[-1]["metrics"] is None:  # ended between saving and measuring
+            self._evaluate(self.history[-1], evaluate_fn)
+        for number in range(len(self.history) + 1, (num_rounds or self.settings.num_server_rounds) + 1):
+            began = time.monotonic()
+            self.roster.ask_newcomers(grid, self.settings.round.roll_call)
+            messages = list(self.configure_train(number, ArrayRecord(), train_config or ConfigRecord(), grid))
+            replies = collect(grid, messages, self._patience(), self._progress(number))
+            outcome = self._admit(number, replies)
+            self._aggregate(number, outcome)
+            entry = self._entry(number, outcome)
+            entry["seconds"] = round(time.monotonic() - began, 3)
+            self.history.append(entry)
+            self.save(number, self.state, self.history)
+            self._evaluate(entry, evaluate_fn)
+            self.report("round", of=self.settings.num_server_rounds, **entry)
+            self._stop_if_futile(number, replies)
+        result = Result()
+        result.arrays = wire.pack(self.state.adapter, "fp32")
+        return result
+
+    def _evaluate(self, entry: dict[str, Any], evaluate_fn: Evaluate | None) -> None:
+        if evaluate_fn and self._evaluates(entry["round"]):
+            measured = evaluate_fn(entry["round"], wire.pack(self.state.adapter, "fp32"))
+            entry["metrics"] = dict(measured) if measured is not None else None
+
+    def _evaluates(self, number: int) -> bool:
+        every = self.settings.evaluate_every
+        return number == self.settings.num_server_rounds or bool(every and number % every == 0)
+
+    def _patience(self) -> Patience:
+        waiting = self.settings.round
+        return Patience(waiting.deadline, waiting.quorum, waiting.grace)
+
+    def _progress(self, number: int) -> Callable[[int, int], None]:
+        return lambda done, of: self.report("reply", round=number, done=done, of=of)
+
+    def _round(self, number: int) -> Round:
+        return Round(number, self.lora, derive(self.settings.seed, "round", number))
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Choose clients and address each its own message.
+
+        Raises:
+            RunError: no client is connected.
+        """
+        present = self._wait_for_clients(grid, server_round)
+        chosen = self.roster.choose(present, self.settings.fraction_train, self.settings.seed, server_round)
+        adapter = self.method.sends(self.state, self._round(server_round))
+        return self.address(server_round, chosen, adapter, TRAIN, self.settings.round.deadline)
+
+    def _wait_for_clients(self, grid: Grid, number: int) -> list[ClientId]:
+        end = time.monotonic() + self.settings.round.roll_call
+        while not (present := self.roster.present(grid)):
+            if time.monotonic() >= end:
+                raise RunError(f"no client is connected in round {number} (waited {self.settings.round.roll_call:g} s)")
+            time.sleep(0.5)
+            self.roster.ask_newcomers(grid, self.settings.round.roll_call)
+        return present
+
+    def address(
+        self, number: int, clients: list[ClientId], adapter: Adapter, kind: str, deadline: float
+    ) -> list[Message]:
+        """One message per client with a record of its own."""
+        config = {wire.ROUND: number, wire.RUN: self.run_name}
+        self._nodes = {self.roster.members[client].node: client for client in clients}
+        messages = [
+            Message(
+                wire.instruction(adapter, self.settings.wire.codec, config),
+                node,
+                kind,
+                ttl=deadline + TTL_MARGIN,
+            )
+            for node in self._nodes
+        ]
+        self._downlink = sum(wire.byte_size(m) for m in messages)
+        return messages
+
+    def _admit(self, number: int, replies: Replies) -> Outcome:
+        """Sort the replies into updates and rejections, both in client order."""
+        reference = self.method.sends(self.state, self._round(number))
+        shared = {k: v for k, v in self.state.adapter.items() if self.method.shares(k, self._round(number))}
+        expected = admission.Expected(
+            number,
+            layout_of(shared),
+            self.state.adapter | reference,
+            self.lora,
+            self.settings.wire.codec,
+            TRAIN_METRICS,
+            self.settings.admission,
+        )
+        outcome = Outcome()
+        by_client = {client: node for node, client in self._nodes.items()}
+        for client in in_order(by_client):
+            message = replies.messages.get(by_client[client])
+            if message is None:
+                self._reject(outcome, number, client, admission.Rejected("timeout"))
+                continue
+            outcome.uplink_bytes += wire.byte_size(message)
+            try:
+                outcome.updates.append(admission.check(message, client, expected))
+            except admission.Rejected as rejection:
+                self._reject(outcome, number, client, rejection)
+        for node in sorted(replies.duplicates):
+            self.report("duplicate", round=number, client=self._nodes.get(node))
+        outcome.updates = admission.cap_weights(outcome.updates, self.settings.admission.max_weight)
+        return outcome
+
+    def _reject(self, outcome: Outcome, number: int, client: ClientId, rejection: admission.Rejected) -> None:
+        outcome.rejected.append({"client": client, "reason": rejection.reason})
+        self.report("rejected", round=number, client=client, reason=rejection.reason, detail=str(rejection))
+
+    def _aggregate(self, number: int, outcome: Outcome) -> None:
+        if outcome.updates:
+            self.state = self.method.rule(self.state, outcome.updates, self._round(number))
+        else:
+            self.report("skipped", round=number)
+
+    def _entry(self, number: int, outcome: Outcome) -> dict[str, Any]:
+        total = sum(u.num_examples for u in outcome.updates)
+        loss = sum(u.num_examples * u.metrics["train_loss"] for u in outcome.updates) / total if total else None
+        return {
+            "round": number,
+            "clients": [u.client for u in outcome.updates],
+            "rejected": outcome.rejected,
+            "train_loss": loss,
+            "metrics": None,
+            "uplink_bytes": outcome.uplink_bytes,
+            "downlink_bytes": self._downlink,
+        }
+
+    def _stop_if_futile(self, number: int, replies: Replies) -> None:
+        if not replies.messages:
+            raise RunError(
+                f"no client answered in round {number} within {self.settings.round.deadline:g} s (round.deadline)"
+            )
+        recent = self.history[-FUTILE_ROUNDS:]
+        if len(recent) == FUTILE_ROUNDS and not any(entry["clients"] for entry in recent):
+            reasons = sorted({r["reason"] for entry in recent for r in entry["rejected"]})
+            raise RunError(
+                f"no usable reply in {FUTILE_ROUNDS} rounds in a row, reasons: {', '.join(reasons)}; the clients' own "
+                "logs say why"
+            )
+
+    def personalise(self, grid: Grid) -> list[dict[str, Any]]:
+        """Every client that is there fine-tunes the final adapter and measures it; only metrics come back.
+
+        Returns:
+            The entries of ``personal`` in results.json, in client order.
+        """
+        number = self.settings.num_server_rounds + 1
+        present = self._wait_for_clients(grid, number)
+        adapter = self.method.sends(self.state, self._round(number))
+        # More clients than in a round queue for the same machines.
+        per_round = len(self.roster.choose(present, self.settings.fraction_train, 0, 0))
+        deadline = self.settings.round.deadline * math.ceil(len(present) / per_round)
+        messages = self.address(number, present, adapter, PERSONALISE, deadline)
+        names = dict(self._nodes)
+        replies = collect(grid, messages, Patience(deadline), self._progress(number))
+        found = {names[node]: message for node, message in replies.messages.items()}
+        entries = []
+        for client in in_order(names.values()):
+            try:
+                entries.append({"client": client, **admission.personal_metrics(found.get(client), number)})
+            except admission.Rejected as rejection:
+                detail = str(rejection)
+                self.report("rejected", round=number, client=client, reason=rejection.reason, detail=detail)
+        return entries
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Admit the replies to ``configure_train``'s messages and apply the method's rule."""
+        answered = Replies({m.metadata.src_node_id: m for m in replies})
+        outcome = self._admit(server_round, answered)
+        self._aggregate(server_round, outcome)
+        if not outcome.updates:
+            return None, None
+        metrics = MetricRecord({"train_loss": self._entry(server_round, outcome)["train_loss"]})
+        return wire.pack(self.state.adapter, "fp32"), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """No messages: local evaluation rides on the training reply, one message per client and round."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing to add up."""
+        return None

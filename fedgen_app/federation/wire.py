@@ -1,0 +1,152 @@
+"""What travels: one flat array per adapter, and the only records that a client may answer with.
+
+Flower turns every array into two objects with a request each, so an adapter goes as ONE array; keys and shapes are
+known on both sides (up) or stand once beside it (down). A codec says how a number is written.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from numpy.typing import NDArray
+
+from fedgen_app.errors import AdapterError
+from fedgen_app.learning.adapters import Adapter, Layout, digest_of, layout_of
+
+ARRAY = "adapter"
+ROUND, RUN, LAYOUT, KEYS, SHAPES = "round", "run", "layout", "keys", "shapes"
+NUM_EXAMPLES = "num-examples"
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How the numbers of an adapter are written; a lossier one gets its own entry in CODECS."""
+
+    dtype: str
+
+
+CODECS = {"fp32": Codec("float32"), "fp16": Codec("float16")}
+
+
+class WireError(ValueError):
+    """A record is not what it should be; ``reason`` is one of the words of results.json."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+def count(layout: Layout) -> int:
+    """Numbers in an adapter of this layout."""
+    return sum(int(np.prod(shape, dtype=np.int64)) for _, shape in layout)
+
+
+def pack(adapter: Mapping[str, torch.Tensor], codec: str) -> ArrayRecord:
+    """An adapter as one flat array, in the order of its sorted keys.
+
+    Raises:
+        AdapterError: a number does not fit the codec.
+    """
+    parts = [adapter[key].detach().cpu().reshape(-1).numpy() for key in sorted(adapter)]
+    whole = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    with np.errstate(over="ignore"):
+        encoded = whole.astype(CODECS[codec].dtype)
+    if np.isfinite(whole).all() and not np.isfinite(encoded).all():
+        raise AdapterError(f"the adapter's largest number, {np.abs(whole).max():g}, does not fit wire.codec = {codec}")
+    return ArrayRecord({ARRAY: Array(encoded)})
+
+
+def unpack(record: ArrayRecord, layout: Layout, codec: str) -> Adapter:
+    """The adapter of a record, checked before anything of its claimed size is allocated.
+
+    Raises:
+        WireError: with reason keys, size, dtype, shape or malformed.
+    """
+    if set(record) != {ARRAY}:
+        raise WireError("keys", f"arrays {sorted(record)[:5]}, expected {[ARRAY]}")
+    flat = _decode(record[ARRAY], count(layout), np.dtype(CODECS[codec].dtype))
+    adapter, start = {}, 0
+    for key, shape in layout:
+        size = int(np.prod(shape, dtype=np.int64))
+        adapter[key] = torch.from_numpy(flat[start : start + size].astype(np.float32).reshape(shape))
+        start += size
+    return adapter
+
+
+def _decode(array: Array, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The payload as a flat array. Declared dtype and shape of an Array are claims; the payload's header is checked."""
+    payload = array.data
+    if len(payload) > size * dtype.itemsize + 1024:
+        raise WireError("size", f"{len(payload)} bytes for {size} numbers of {dtype}")
+    stream = io.BytesIO(payload)
+    try:
+        version = np.lib.format.read_magic(stream)
+        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, found = reader(stream)
+    except (ValueError, KeyError, EOFError, SyntaxError) as error:
+        raise WireError("malformed", f"not an array: {type(error).__name__}") from None
+    if found != dtype or array.dtype != dtype.name:
+        raise WireError("dtype", f"{found} (declared {array.dtype}), expected {dtype}")
+    if shape != (size,) or tuple(array.shape) != (size,):
+        raise WireError("shape", f"{shape} (declared {tuple(array.shape)}), expected {(size,)}")
+    body = payload[stream.tell() :]
+    if len(body) != size * dtype.itemsize:
+        raise WireError("size", f"{len(body)} bytes for {size} numbers of {dtype}")
+    return np.frombuffer(body, dtype)
+
+
+def instruction(adapter: Adapter, codec: str, config: Mapping[str, int | float | str]) -> RecordDict:
+    """What the server sends: an adapter, its keys and shapes, and a few plain values."""
+    layout = layout_of(adapter)
+    manifest: dict[str, Any] = {
+        KEYS: [key for key, _ in layout],
+        SHAPES: ["x".join(map(str, shape)) for _, shape in layout],
+    }
+    return RecordDict({"arrays": pack(adapter, codec), "config": ConfigRecord({**config, **manifest})})
+
+
+def received(content: RecordDict, codec: str) -> Adapter:
+    """The adapter of a server's instruction.
+
+    Raises:
+        WireError: the record is not one.
+    """
+    config = content.config_records["config"]
+    keys, shapes = cast("Sequence[str]", config[KEYS]), cast("Sequence[str]", config[SHAPES])
+    layout = tuple((key, tuple(int(n) for n in shape.split("x"))) for key, shape in zip(keys, shapes, strict=True))
+    return unpack(content.array_records["arrays"], layout, codec)
+
+
+def reply(
+    number: int,
+    metrics: Mapping[str, int | float],
+    adapter: Adapter | None = None,
+    codec: str = "fp32",
+    facts: Mapping[str, int | float | str] | None = None,
+) -> RecordDict:
+    """All that a client ever answers with: metrics, plain facts, and the tensors that its method shares.
+
+    This is the one place where something leaves a device. A personal adapter never reaches it.
+    """
+    records: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {
+        "metrics": MetricRecord(dict(metrics)),
+        "reply": ConfigRecord({ROUND: number, **(facts or {})}),
+    }
+    if adapter is not None:
+        records["arrays"] = pack(adapter, codec)
+        cast(ConfigRecord, records["reply"])[LAYOUT] = digest_of(layout_of(adapter))
+    return RecordDict(records)
+
+
+def byte_size(message: Message) -> int:
+    """Bytes of a message as serialised for the network, all of its objects together."""
+    if message.has_error():
+        return len((message.error.reason or "").encode())
+    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())

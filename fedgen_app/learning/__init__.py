@@ -1,0 +1,1 @@
+"""What happens on one model: the backbone, its adapter, the training loop."""

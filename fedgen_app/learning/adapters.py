@@ -1,0 +1,136 @@
+"""The adapter: a dictionary of LoRA factors under PEFT's own keys, and its way into and out of a model.
+
+An adapter is float32, on the CPU, and sorted by key. A key looks like
+``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight``; A is (rank, d_in), B is (d_out, rank).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from fedgen_app.errors import AdapterError
+from fedgen_app.files import write_atomic
+
+Adapter = dict[str, Tensor]
+Layout = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The LoRA parameters of a PEFT model under the keys that PEFT saves them with, sorted."""
+    found = {
+        name.replace(".default.", "."): parameter for name, parameter in model.named_parameters() if ".lora_" in name
+    }
+    return dict(sorted(found.items()))
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """Keys and shapes, sorted by key: all that two sides must agree on to exchange one flat array."""
+    return tuple((key, tuple(tensors[key].shape)) for key in sorted(tensors))
+
+
+def digest_of(layout: Layout) -> str:
+    """Sixteen hex digits that tell whether two layouts are the same."""
+    return hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16]
+
+
+def read(model: nn.Module) -> Adapter:
+    """A copy of the adapter that is in the model."""
+    return {key: p.detach().to("cpu", torch.float32, copy=True) for key, p in parameters(model).items()}
+
+
+@torch.no_grad()
+def write(model: nn.Module, adapter: Mapping[str, Tensor]) -> None:
+    """Put an adapter into the model, whole.
+
+    Raises:
+        AdapterError: a key or a shape differs from the model's.
+    """
+    own = parameters(model)
+    if layout_of(own) != layout_of(adapter):
+        raise AdapterError(f"adapter does not fit the backbone: {_difference(layout_of(own), layout_of(adapter))}")
+    for key, parameter in own.items():
+        parameter.copy_(adapter[key])
+
+
+def _difference(own: Layout, other: Layout) -> str:
+    missing = sorted(set(dict(own)) - set(dict(other)))
+    extra = sorted(set(dict(other)) - set(dict(own)))
+    if missing or extra:
+        return f"missing keys {missing[:3]}, unexpected keys {extra[:3]}"
+    key, shape = next((k, s) for k, s in other if dict(own)[k] != s)
+    return f"{key} has shape {shape}, expected {dict(own)[key]}"
+
+
+def fresh(layout: Layout, seed: int) -> Adapter:
+    """A new adapter: A from Kaiming's uniform distribution as in PEFT, B zero, so that it changes nothing yet."""
+    adapter = {}
+    for key, shape in layout:
+        if ".lora_B" in key:
+            adapter[key] = torch.zeros(shape)
+            continue
+        generator = torch.Generator().manual_seed(_key_seed(seed, key))
+        # kaiming_uniform_ with a = sqrt(5) draws from +- 1 / sqrt(fan_in).
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        adapter[key] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return adapter
+
+
+def _key_seed(seed: int, key: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:8], "big") >> 1
+
+
+def pairs(keys: Mapping[str, object] | Layout) -> Iterator[tuple[str, str]]:
+    """The keys of A and B of every adapted layer whose both factors are there."""
+    names = set(keys if isinstance(keys, Mapping) else dict(keys))
+    for key in sorted(names):
+        partner = key.replace(".lora_A.", ".lora_B.")
+        if ".lora_A." in key and partner in names:
+            yield key, partner
+
+
+def byte_size(adapter: Mapping[str, Tensor]) -> int:
+    """Bytes of the adapter's numbers."""
+    return sum(t.numel() * t.element_size() for t in adapter.values())
+
+
+def digest(adapter: Mapping[str, Tensor]) -> str:
+    """SHA-256 over keys, shapes and bytes: equal digests mean equal adapters, bit for bit."""
+    whole = hashlib.sha256()
+    for key in sorted(adapter):
+        whole.update(f"{key}{tuple(adapter[key].shape)}{adapter[key].dtype}".encode())
+        whole.update(adapter[key].contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
+def save_adapter(adapter: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file, whole or not at all."""
+    contiguous = {key: adapter[key].contiguous() for key in sorted(adapter)}
+    write_atomic(file, save(contiguous, {"format": "pt", **(metadata or {})}))
+
+
+def load_adapter(file: Path, layout: Layout | None = None) -> Adapter:
+    """Read one safetensors file.
+
+    Raises:
+        AdapterError: the file is damaged, holds a number that is not finite, or does not have ``layout``.
+    """
+    try:
+        loaded = load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise AdapterError(f"{file}: {error}") from None
+    adapter = {key: loaded[key].to(torch.float32) for key in sorted(loaded)}
+    if layout is not None and layout_of(adapter) != layout:
+        raise AdapterError(f"{file} does not fit the backbone: {_difference(layout, layout_of(adapter))}")
+    for key, tensor in adapter.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{file}: {key} holds a number that is not finite")
+    return adapter

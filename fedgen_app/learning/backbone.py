@@ -1,0 +1,238 @@
+"""The frozen backbone: found, loaded once per process, fingerprinted, and fitted with LoRA layers.
+
+All clients that a process serves share it; only adapters move in and out (``adapters.read`` and ``adapters.write``).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
+
+import fedgen_assets
+from fedgen_app.errors import BackboneError
+from fedgen_app.learning.adapters import Layout, fresh, layout_of, parameters
+from fedgen_app.learning.task import Task
+from fedgen_app.settings import LoraSettings, Settings, looks_like_path
+
+# What a backbone's folder needs: configuration, tokenizer, safetensors. Never pickles, never code.
+HUB_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*/*.json",
+    "*/*.safetensors",
+    "*/*.txt",
+    "README.md",
+]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen model with LoRA layers in it, and where it came from.
+
+    Attributes:
+        reference: What the export's ``base_model_name_or_path`` says: a folder or a hub id.
+        fingerprint: SHA-256 over the source weights, however they are held in memory.
+        parameters: Of the frozen model, tied weights once.
+        fresh: Layout of the adapter.
+    """
+
+    model: PeftModel
+    processor: Any
+    name: str
+    reference: str
+    revision: str
+    fingerprint: str
+    parameters: int
+    device: torch.device
+    dtype: torch.dtype
+    layout: Layout
+    license: str
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the float32 state dict: what a method without adapters would send."""
+        return 4 * self.parameters
+
+
+def load_task(name: str) -> Task:
+    """The task of a settings value: ``tasks/<name>.py`` ends in ``TASK``."""
+    return cast(Task, importlib.import_module(f"fedgen_app.tasks.{name.replace('-', '_')}").TASK)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``: CUDA where it is there.
+
+    Raises:
+        BackboneError: CUDA is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BackboneError("device = 'cuda', but torch finds no CUDA device; use device = 'auto' or 'cpu'")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself; emulation is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 where the machine computes it natively, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def find(source: str, revision: str, bundled: str) -> Path:
+    """The folder of a backbone: bundled, local, or fetched from the hub into its cache.
+
+    Raises:
+        BackboneError: the folder is not there, or the hub is out of reach.
+    """
+    if source == "bundled":
+        return fedgen_assets.path(bundled)
+    if looks_like_path(source):
+        folder = Path(source).expanduser().resolve()
+        if not folder.is_dir():
+            raise BackboneError(f"backbone = {source!r}: no such folder")
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision or None, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise BackboneError(
+            f"backbone = {source!r} (revision {revision or 'default'}): the model hub does not give it "
+            f"({type(error).__name__}). Where there is a net: hf download {source} --local-dir FOLDER, then set "
+            "backbone = FOLDER"
+        ) from None
+
+
+def fingerprint(folder: Path) -> str:
+    """``sha256:...`` over names, types, shapes and bytes of all weights, however they are cut into files.
+
+    Raises:
+        BackboneError: the folder has no safetensors weights, or a damaged file.
+    """
+    places: dict[str, Path] = {}
+    try:
+        for file in sorted(folder.rglob("*.safetensors")):
+            with safe_open(file, framework="pt") as weights:
+                places |= {f"{file.parent.relative_to(folder)}/{key}": file for key in weights.keys()}  # noqa: SIM118
+        if not places:
+            raise BackboneError(f"{folder}: no *.safetensors weights (pickled ones are never loaded)")
+        whole = hashlib.sha256()
+        for name in sorted(places):
+            with safe_open(places[name], framework="pt") as weights:
+                tensor = weights.get_tensor(name.rpartition("/")[2])
+            whole.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            whole.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    except SafetensorError as error:
+        raise BackboneError(f"{folder}: damaged weights: {error}") from None
+    return f"sha256:{whole.hexdigest()}"
+
+
+def licence_of(folder: Path) -> str:
+    """The ``license`` line of the model card, where there is one."""
+    card = folder / "README.md"
+    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.M) if card.is_file() else None
+    return found[1] if found else "see the backbone's own card"
+
+
+def lora_config(model: torch.nn.Module, task: Task, lora: LoraSettings) -> LoraConfig:
+    """PEFT's configuration for these settings.
+
+    Raises:
+        BackboneError: no layer of the model has one of the targets' names.
+    """
+    targets = lora.targets or task.lora_targets(model)
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "weight")})
+            raise BackboneError(f"lora.targets: no layer named {target!r}; there are {', '.join(leaves)}")
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        use_rslora=lora.rslora,
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
+        bias="none",
+    )
+
+
+def open_backbone(settings: Settings, source: str = "") -> Backbone:
+    """The backbone of these settings, from the process's memory where it is there already.
+
+    Args:
+        source: A device's own place of the same weights, instead of ``settings.backbone``.
+    """
+    return _open(
+        settings.task,
+        source or settings.backbone,
+        settings.backbone_revision,
+        settings.dtype,
+        settings.device,
+        settings.lora.model_copy(update={"init": ""}),
+        settings.gradient_checkpointing,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _open(
+    task_name: str,
+    source: str,
+    revision: str,
+    dtype: str,
+    device: str,
+    lora: LoraSettings,
+    checkpointing: bool,
+) -> Backbone:
+    task = load_task(task_name)
+    folder = find(source, revision, task.bundled_backbone)
+    place = pick_device(device)
+    held = pick_dtype(dtype, place)
+    marks = fingerprint(folder)
+    loaded = task.load_backbone(folder, held, place)
+    loaded.model.requires_grad_(False)
+    count = sum(p.numel() for p in loaded.model.parameters())
+    if checkpointing:
+        cast(Any, loaded.model).gradient_checkpointing_enable({"use_reentrant": False})
+    on_hub = source != "bundled" and not looks_like_path(source)
+    reference = source if on_hub else str(folder)
+    model = get_peft_model(cast(Any, loaded.model), lora_config(loaded.model, task, lora))
+    peft_config = model.peft_config["default"]
+    peft_config.base_model_name_or_path, peft_config.revision = reference, revision or None
+    return Backbone(
+        model=cast(PeftModel, model),
+        processor=loaded.processor,
+        name=f"bundled {task.bundled_backbone}" if source == "bundled" else source if on_hub else folder.name,
+        reference=reference,
+        revision=revision,
+        fingerprint=marks,
+        parameters=count,
+        device=place,
+        dtype=held,
+        layout=layout_of(parameters(model)),
+        license=licence_of(folder),
+    )
+
+
+def initial_adapter(backbone: Backbone, seed: int) -> dict[str, torch.Tensor]:
+    """The seeded start that all clients share; B is zero, so it changes nothing yet."""
+    return fresh(backbone.layout, seed)

@@ -1,0 +1,111 @@
+"""Adapters that other software opens: PEFT's two files and a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor
+
+from fedgen_app.files import write_atomic
+from fedgen_app.learning.adapters import save_adapter
+from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.task import Metrics
+from fedgen_app.settings import Settings
+
+
+def save_peft(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor], card: str) -> None:
+    """Write ``adapter_config.json``, ``README.md`` and ``adapter_model.safetensors``, the adapter last.
+
+    ``PeftModel.from_pretrained(base, folder)`` opens the folder; its base model is the one that was trained on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config: LoraConfig = backbone.model.peft_config["default"]
+    facts = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
+    facts |= {"inference_mode": True}
+    write_atomic(folder / "adapter_config.json", (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())
+    write_atomic(folder / "README.md", card.encode())
+    save_adapter(adapter, folder / "adapter_model.safetensors")
+
+
+def export_personal(
+    folder: Path,
+    backbone: Backbone,
+    adapter: Mapping[str, Tensor],
+    settings: Settings,
+    measured: Mapping[str, Metrics],
+    examples: int,
+) -> None:
+    """A client's personal adapter, on its own disk."""
+    note = (
+        "This adapter was fine-tuned on one client's own data after the last federated round. It can repeat that data: "
+        "treat it as you treat the data."
+    )
+    facts = {"local training examples": str(examples), "personal epochs": str(settings.personal.epochs)}
+    save_peft(folder, backbone, adapter, card(backbone, settings, "personal adapter", note, facts, measured))
+
+
+def card(
+    backbone: Backbone,
+    settings: Settings,
+    title: str,
+    note: str,
+    facts: Mapping[str, str],
+    measured: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """A Hugging Face model card: how the adapter was made, what it measured, how to load it."""
+    header = [
+        "---",
+        "library_name: peft",
+        f"base_model: {backbone.reference}",
+        *([f"license: {backbone.license}"] if " " not in backbone.license else []),
+        "tags: [lora, federated-learning, fedgen-edge]",
+        "---",
+    ]
+    rows = {
+        "base model": f"{backbone.name} ({backbone.fingerprint})",
+        "licence of the base model": backbone.license,
+        "task": settings.task,
+        "method": settings.method,
+        "rank, alpha": f"{settings.lora.rank}, {settings.lora.alpha:g}" + (", rsLoRA" if settings.lora.rslora else ""),
+        "data": f"{settings.dataset if settings.dataset == 'bundled' else Path(settings.dataset).name}",
+        **facts,
+        "seed": str(settings.seed),
+        "privacy": "no differential privacy; adapters were sent as they were trained",
+        "made with": f"FedGen-Edge {version('fedgen-edge')}, PEFT {version('peft')}, torch {version('torch')}",
+    }
+    return "\n".join(
+        [
+            *header,
+            f"\n# FedGen-Edge: {title}\n",
+            f"{note}\n",
+            *_table(("what", "value"), list(rows.items())),
+            *_metrics(measured),
+            "\n## Use\n",
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({backbone.reference!r})",
+            "model = PeftModel.from_pretrained(base, FOLDER)  # the folder of this file",
+            "```",
+            "",
+        ]
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
+    return [*lines, ""]
+
+
+def _metrics(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    names = sorted({name for found in measured.values() for name in found})
+    if not names:
+        return []
+    rows = [[state, *(f"{found[n]:.4g}" if n in found else "" for n in names)] for state, found in measured.items()]
+    return ["\n## Measured\n", *_table(("adapter", *names), rows)]

@@ -1,0 +1,149 @@
+"""What a run says of itself: results.json, one line per event, the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedgen_app.learning.backbone import Backbone
+
+SCHEMA = 1
+
+
+# What the closing table shows of a task's metrics: the first of these that was measured.
+HEADLINES = ("word_perplexity", "fid", "kid", "denoising_loss")
+
+
+def header(settings: Mapping[str, Any], backbone: Backbone, adapter_parameters: int) -> dict[str, Any]:
+    """The part of results.json that stands when the run starts."""
+    return {
+        "schema": SCHEMA,
+        "task": settings["task"],
+        "method": settings["method"],
+        "status": "running",
+        "backbone": {
+            "name": backbone.name,
+            "fingerprint": backbone.fingerprint,
+            "parameters": backbone.parameters,
+            "bytes": backbone.full_bytes,
+        },
+        "adapter": {
+            "rank": settings["lora.rank"],
+            "parameters": adapter_parameters,
+            "bytes": 4 * adapter_parameters,
+        },
+        "frozen": None,
+        "rounds": [],
+        "final": None,
+        "personal": [],
+    }
+
+
+def weighted(entries: Sequence[Mapping[str, Any]], state: str) -> dict[str, float]:
+    """Mean of the clients' metrics in one state, weighted by their training examples."""
+    total = sum(entry["examples"] for entry in entries)
+    names = entries[0][state] if entries else {}
+    return {name: sum(e["examples"] * e[state][name] for e in entries) / total for name in names}
+
+
+def final(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``final`` entry: metrics and their source, the personal means, what was sent.
+
+    The uplink per client and round is the mean over all admitted replies of the run.
+    """
+    rounds, personal = results["rounds"], results["personal"]
+    measured = next((r["metrics"] for r in reversed(rounds) if r["metrics"] is not None), None)
+    means = {state: weighted(personal, state) for state in ("frozen", "global", "personal")} if personal else None
+    source = "server" if measured is not None else "clients"
+    replies = sum(len(r["clients"]) for r in rounds if not r["rejected"])
+    sent = sum(r["uplink_bytes"] for r in rounds if not r["rejected"])
+    uplink = round(sent / replies) if replies else None
+    full = results["backbone"]["bytes"]
+    return {
+        "metrics": measured if measured is not None else means["global"] if means else None,
+        "source": source,
+        "personal": means,
+        "uplink_bytes_per_client_round": uplink,
+        "full_model_bytes": full,
+        "uplink_reduction": 1 - uplink / full if uplink is not None else None,
+    }
+
+
+def line(event: Mapping[str, Any]) -> str | None:
+    """One clear line for an event of events.jsonl; None for those that only move a bar."""
+    match event["event"]:
+        case "start":
+            done = f", {event['done']} already done" if event["done"] else ""
+            return (
+                f"{event['task']}, {event['method']}, rank {event['rank']}: {event['rounds']} rounds{done}, "
+                f"{event['clients']} clients"
+            )
+        case "frozen":
+            return f"frozen backbone: {_metrics(event['metrics'])}"
+        case "round":
+            return _round_line(event)
+        case "rejected":
+            return f"  client {event['client']} not used in round {event['round']}: {event['detail']}"
+        case "left-out":
+            who = f"node {event['node']}" if event["client"] is None else f"client {event['client']}"
+            return f"  {who} left out ({event['reason']}): {event['detail']}"
+        case "skipped":
+            return f"  round {event['round']} skipped: no usable reply"
+        case "duplicate":
+            return f"  client {event['client']} answered round {event['round']} twice: the second reply is ignored"
+        case "roll-call-timeout":
+            return f"  only {event['clients']} of {event['expected']} clients came in time; going on with them"
+        case "personal":
+            return f"personal adapters: {event['clients']} clients"
+    return None
+
+
+def _round_line(event: Mapping[str, Any]) -> str:
+    chosen = len(event["clients"]) + len(event["rejected"])
+    loss = "no loss" if event["train_loss"] is None else f"train loss {event['train_loss']:.3f}"
+    measured = f", {_metrics(event['metrics'])}" if event["metrics"] else ""
+    return (
+        f"round {event['round']}/{event['of']}: {len(event['clients'])}/{chosen} clients, {loss}{measured}, "
+        f"up {size(event['uplink_bytes'])}, {event['seconds']:.1f} s"
+    )
+
+
+def _metrics(metrics: Mapping[str, Any] | None) -> str:
+    if not metrics:
+        return "no test data on the server"
+    name = next(iter(metrics))
+    return f"{name.replace('_', ' ')} {number(metrics[name])}"
+
+
+def number(value: object) -> str:
+    """Four significant figures."""
+    return f"{value:.4g}" if isinstance(value, int | float) and abs(value) < 1e4 else str(value)
+
+
+def size(count: float) -> str:
+    """Bytes with a unit, decimal."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """The metric that the closing table shows."""
+    metrics = (results["final"] or {}).get("metrics") or {}
+    return next((name for name in HEADLINES if name in metrics), next(iter(metrics), ""))
+
+
+def table(results: Mapping[str, Any], metric: str) -> list[tuple[str, str, str]]:
+    """Rows of the closing table: name, server's test set, clients' own hold-outs."""
+    done = results["final"] or {}
+    means = done.get("personal") or {}
+    server = {
+        "frozen": (results["frozen"] or {}).get(metric),
+        "global": (done.get("metrics") or {}).get(metric) if done.get("source") == "server" else None,
+        "personal": None,
+    }
+    show = lambda v: "-" if v is None else number(v)  # noqa: E731
+    return [(s, show(server[s]), show(means.get(s, {}).get(metric))) for s in ("frozen", "global", "personal")]

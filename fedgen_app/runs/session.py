@@ -1,0 +1,211 @@
+"""A run on the server's side: opened new or resumed, written down as it goes, closed with a status in any case."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from logging import INFO
+from pathlib import Path
+from typing import Any
+
+from flwr.common.logger import log
+
+from fedgen_app.errors import CheckpointError, SettingsError
+from fedgen_app.federation.client import run_folder
+from fedgen_app.federation.method import GlobalState
+from fedgen_app.federation.roster import Roster, in_order
+from fedgen_app.learning import adapters
+from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.export import card, save_peft
+from fedgen_app.learning.task import Metrics, Sample, Task
+from fedgen_app.runs import report
+from fedgen_app.runs.folder import (
+    Checkpoint,
+    RunFolder,
+    checkpoint_numbers,
+    load_checkpoint,
+    read_json,
+    remove_checkpoint,
+)
+from fedgen_app.settings import Settings
+
+# Called with every event of a run in this process; the command line adds its display here.
+listeners: list[Callable[[Mapping[str, Any]], None]] = []
+SAMPLED_CLIENTS = 2
+
+
+def new_name(settings: Settings) -> str:
+    """``<time>-<task>-<method>-<random>``: a plain name that tells nothing of this machine."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return f"{stamp}-{settings.task}-{settings.method}-{secrets.token_hex(3)}"
+
+
+class Session:
+    """What the ServerApp writes down; see ``Session.open``."""
+
+    def __init__(self, settings: Settings, name: str, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+        self.settings = settings
+        self.name = name
+        self.folder = folder
+        self.checkpoint = checkpoint
+        self.completed = False
+        self.state = GlobalState({})
+        self.history: list[dict[str, Any]] = list(checkpoint.facts["history"]) if checkpoint else []
+        self.frozen: Metrics | None = checkpoint.facts["frozen"] if checkpoint else None
+        self.results: dict[str, Any] = {}
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, settings: Settings) -> Iterator[Session]:
+        """Open the run folder, go on from its newest checkpoint where ``resume-from`` names one.
+
+        Raises:
+            SettingsError: the folder holds another run already.
+            CheckpointError: the checkpoint is damaged.
+        """
+        resumed = bool(settings.resume_from)
+        name = new_name(settings)
+        path = run_folder(settings, name)
+        if not resumed and (path / "settings.json").exists():
+            raise SettingsError(f"output-dir = {str(path)!r}: holds a run already; to go on: fedgen resume {path}")
+        before = read_json(path / "results.json") if resumed and (path / "results.json").exists() else {}
+        name = before.get("run", name)
+        with RunFolder(path, settings.keep_checkpoints) as folder:
+            if before.get("status") == "completed" and not settings.resume_round:
+                session = cls(settings, name, folder, None)
+                session.completed = True
+                yield session
+                return
+            session = cls(settings, name, folder, _checkpoint(path, settings) if resumed else None)
+            try:
+                yield session
+            except BaseException as error:
+                session._close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
+                raise
+
+    def _close(self, status: str, reason: str) -> None:
+        self.event("end", status=status, reason=reason)
+        if self.results:
+            self.results |= {"status": status, "reason": reason}
+            self.folder.write_results(self.results)
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Append to events.jsonl, and say it where a person reads along."""
+        self.folder.event(kind, **fields)
+        for listener in listeners:
+            listener({"event": kind, **fields})
+        if text := report.line({"event": kind, **fields}):
+            log(INFO, text)
+
+    def begin(self, backbone: Backbone) -> None:
+        """Write settings.json and the first results.json; make or restore the state.
+
+        Raises:
+            CheckpointError: the run was made with another backbone.
+            AdapterError: ``lora.init`` does not fit.
+        """
+        self._backbone = backbone
+        if self.checkpoint is None:
+            self.folder.write_settings(self.settings.flat())
+            init = self.settings.lora.init
+            start = (
+                adapters.load_adapter(Path(init) / "adapter_model.safetensors", backbone.layout)
+                if init
+                else adapters.fresh(backbone.layout, self.settings.seed)
+            )
+            self.state = GlobalState(start)
+        else:
+            self.state = self.checkpoint.state
+            made = self.checkpoint.facts["fingerprint"]
+            if made != backbone.fingerprint:
+                raise CheckpointError(f"the run was made with backbone {made}, this one is {backbone.fingerprint}")
+        self.results = report.header(
+            self.settings.flat(), backbone, sum(t.numel() for t in self.state.adapter.values())
+        )
+        self.results |= {"run": self.name, "rounds": self.history, "frozen": self.frozen}
+        self.folder.write_results(self.results)
+
+    def keep_frozen(self, metrics: Metrics) -> None:
+        """The frozen backbone's metrics on the server's test set."""
+        self.frozen = self.results["frozen"] = metrics
+        self.event("frozen", metrics=metrics)
+
+    def save(self, number: int, state: GlobalState, history: Sequence[Mapping[str, Any]]) -> None:
+        """Checkpoint after a round, and the rounds so far in results.json."""
+        facts = {
+            "run": self.name,
+            "fingerprint": self._backbone.fingerprint,
+            "frozen": self.frozen,
+            "history": list(history),
+        }
+        self.folder.save_checkpoint(number, state, facts)
+        self.results["rounds"] = list(history)
+        self.folder.write_results(self.results)
+
+    def keep_personal(self, entries: list[dict[str, Any]]) -> None:
+        """The clients' own metrics."""
+        self.results["personal"] = entries
+        self.event("personal", clients=len(entries))
+
+    def plot_ownership(self, task: Task, roster: Roster) -> None:
+        """partition.png: who owns what; in a simulation only, as nobody knows it elsewhere."""
+        file = self.folder.path / "partition.png"
+        if roster.simulated and not file.exists():
+            from fedgen_app.data.partition import plot_partition
+
+            plot_partition(task.split(self.settings, roster.simulated), file)
+
+    def finish(self, task: Task, backbone: Backbone, state: GlobalState) -> None:
+        """Export the global adapter, generate samples, write the results."""
+        self.results["final"] = report.final(self.results)
+        facts = self._facts()
+        note = "Trained by federated averaging of LoRA adapters: the data stayed on the clients."
+        measured = {"frozen": self.frozen or {}, "global": self.results["final"]["metrics"] or {}}
+        text = card(backbone, self.settings, "global adapter", note, facts, measured)
+        save_peft(self.folder.path / "global", backbone, state.adapter, text)
+        if self.settings.samples.count:
+            task.save_samples(self.folder.path / "samples", self._samples(task, backbone, state))
+        self.results["status"] = "completed"
+        self.results["adapter"]["sha256"] = adapters.digest(state.adapter)
+        self.folder.write_results(self.results)
+        self.event("end", status="completed", reason="")
+
+    def _facts(self) -> dict[str, str]:
+        s, final = self.settings, self.results["final"]
+        clients = in_order({c for r in self.history for c in r["clients"]})
+        uplink = final["uplink_bytes_per_client_round"]
+        sent = "-" if uplink is None else f"{uplink} bytes, {final['uplink_reduction']:.2%} less than the full model"
+        return {
+            "split": f"{s.partition.by}, Dirichlet alpha {s.partition.alpha:g}",
+            "clients that took part": str(len(clients)),
+            "rounds": f"{len(self.history)}, fraction {s.fraction_train:g} of the clients in each",
+            "local training": f"{s.local_epochs} epochs, batch {s.batch_size * s.accumulate}, "
+            f"learning rate {s.learning_rate:g}",
+            "uplink per client and round": sent,
+        }
+
+    def _samples(self, task: Task, backbone: Backbone, state: GlobalState) -> dict[str, Sequence[Sample]]:
+        texts = task.prompts(self.settings)[: self.settings.samples.count]
+        length, seed = self.settings.samples.length, self.settings.seed
+        samples: dict[str, Sequence[Sample]] = {}
+        with backbone.model.disable_adapter():
+            samples["frozen"] = task.sample(backbone, texts, seed, length)
+        adapters.write(backbone.model, state.adapter)
+        samples["global"] = task.sample(backbone, texts, seed, length)
+        for entry in self.results["personal"][:SAMPLED_CLIENTS]:
+            file = self.folder.path / "clients" / str(entry["client"]) / "adapter_model.safetensors"
+            if file.exists():  # on a device the personal adapter is not here
+                adapters.write(backbone.model, adapters.load_adapter(file, backbone.layout))
+                samples[f"client-{entry['client']}"] = task.sample(backbone, texts, seed, length)
+        return samples
+
+
+def _checkpoint(path: Path, settings: Settings) -> Checkpoint | None:
+    """The checkpoint to go on from; later ones, which the user passed over, are removed."""
+    checkpoint = load_checkpoint(path, settings.resume_round or None)
+    for number in checkpoint_numbers(path):
+        if checkpoint is not None and number > checkpoint.number:
+            remove_checkpoint(path, number)
+    return checkpoint

@@ -1,0 +1,329 @@
+"""The settings of a run, typed and checked; the only reader of ``context.run_config``.
+
+A run config is flat: dotted, kebab-case keys with plain values (``{"lora.rank": 8}``). All default values stand in
+``pyproject.toml``, so a run config is always complete when it arrives here. Importing this module loads neither torch
+nor Flower, so that a mistake is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from fedgen_app.errors import SettingsError
+
+Value = bool | int | float | str
+RunConfig = Mapping[str, Value]
+
+PACKAGE = Path(__file__).parent
+PATH_KEYS = ("output-dir", "resume-from", "backbone", "dataset", "lora.init")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?")
+PLUGIN_NAME = re.compile(r"[a-z][a-z0-9-]*")
+
+
+def _split(separator: str) -> BeforeValidator:
+    def split(value: object) -> object:
+        return tuple(v.strip() for v in value.split(separator) if v.strip()) if isinstance(value, str) else value
+
+    return BeforeValidator(split)
+
+
+Names = Annotated[tuple[str, ...], _split(",")]
+Prompts = Annotated[tuple[str, ...], _split("|")]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+AtLeastZero = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Group(BaseModel):
+    """Settings that share the first part of their dotted name."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        alias_generator=lambda name: name.replace("_", "-"),
+    )
+
+
+class LoraSettings(Group):
+    """``lora.*``: the adapter, as PEFT's LoraConfig names it."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    targets: Names
+    rslora: bool
+    init: str
+
+    @property
+    def scaling(self) -> float:
+        """The factor s in W + s B A: alpha / r, with rsLoRA alpha / sqrt(r)."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+class PartitionSettings(Group):
+    """``partition.*``: who owns which documents in a simulation."""
+
+    by: Literal["auto", "iid", "label", "topic"]
+    alpha: Positive
+    min_examples: AtLeastOne
+
+
+class PersonalSettings(Group):
+    """``personal.*``: the fine-tuning after the last round whose result never leaves the client."""
+
+    epochs: AtLeastZero
+    learning_rate: Positive
+    proximal: NotNegative
+
+
+class RoundSettings(Group):
+    """``round.*``: how long the server waits, in seconds, and for which fraction of the chosen clients."""
+
+    quorum: Fraction
+    grace: NotNegative
+    deadline: Positive
+    roll_call: Positive
+
+
+class AdmissionSettings(Group):
+    """``admission.*``: what a reply may be; 0 switches a limit off."""
+
+    max_update_norm: NotNegative
+    norm_action: Literal["refuse", "clip"]
+    max_weight: NotNegative
+
+
+class WireSettings(Group):
+    """``wire.*``: how numbers travel."""
+
+    codec: Literal["fp32", "fp16"]
+
+
+class SampleSettings(Group):
+    """``samples.*``: what the finished run generates to be looked at."""
+
+    count: AtLeastZero
+    length: AtLeastOne
+    prompts: Prompts
+
+
+class Settings(Group):
+    """Everything that a run depends on."""
+
+    task: str
+    method: str
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    output_dir: str
+    resume_from: str
+    resume_round: AtLeastZero
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    device: Literal["auto", "cpu", "cuda"]
+    backbone: Annotated[str, Field(min_length=1)]
+    backbone_revision: str
+    dataset: str
+    text_column: Annotated[str, Field(min_length=1)]
+    label_column: str
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)]
+    test_sequences: AtLeastZero
+    num_server_rounds: AtLeastOne
+    fraction_train: Fraction
+    expected_clients: AtLeastZero
+    evaluate_every: AtLeastZero
+    keep_checkpoints: AtLeastOne
+    local_epochs: AtLeastOne
+    max_steps: AtLeastZero
+    batch_size: AtLeastOne
+    accumulate: AtLeastOne
+    learning_rate: Positive
+    weight_decay: NotNegative
+    clip_norm: NotNegative
+    warmup_rounds: AtLeastZero
+    sequence_length: Annotated[int, Field(ge=8)]
+    resolution: Annotated[int, Field(ge=8)]
+    gradient_checkpointing: bool
+    lora: LoraSettings
+    partition: PartitionSettings
+    personal: PersonalSettings
+    round: RoundSettings
+    admission: AdmissionSettings
+    wire: WireSettings
+    samples: SampleSettings
+
+    @classmethod
+    def from_run_config(cls, run_config: RunConfig) -> Settings:
+        """Check all values at once.
+
+        Raises:
+            SettingsError: names every wrong key with its value and what is allowed.
+        """
+        mistakes = list(_unknown(run_config)) + list(_unknown_plugins(run_config))
+        known = {key: value for key, value in run_config.items() if key in KEYS}
+        try:
+            settings = cls.model_validate(_nested(known))
+        except ValidationError as error:
+            mistakes += [_explain(e["loc"], e["input"], e["msg"], run_config) for e in error.errors()]
+        if mistakes:
+            raise SettingsError("\n".join(mistakes))
+        return settings
+
+    def flat(self) -> dict[str, Value]:
+        """The run config that these settings came from (lists joined again)."""
+        return dict(_flatten(self.model_dump(by_alias=True)))
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        key = prefix + name.replace("_", "-")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Group):
+            yield from _keys(field.annotation, key + ".")
+        else:
+            yield key
+
+
+KEYS = frozenset(_keys(Settings))
+
+
+def _nested(flat: RunConfig) -> dict[str, Any]:
+    tree: dict[str, Any] = {name: {} for name in {k.split(".")[0] for k in KEYS if "." in k}}
+    for key, value in flat.items():
+        group, _, leaf = key.rpartition(".")
+        (tree[group] if group else tree)[leaf] = value
+    return tree
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, tuple):
+            yield prefix + key, ("|" if key == "prompts" else ",").join(value)
+        else:
+            yield prefix + key, value
+
+
+def _explain(location: tuple[int | str, ...], value: object, message: str, run_config: RunConfig) -> str:
+    key = ".".join(str(part) for part in location)
+    if key not in run_config:
+        return f"{key} is missing"
+    return f"{key} = {value!r}: {message.replace('Input should', 'should')}"
+
+
+def _unknown(run_config: RunConfig) -> Iterator[str]:
+    for key in sorted(set(run_config) - KEYS):
+        near = difflib.get_close_matches(key, KEYS, n=1)
+        yield f"{key} = {run_config[key]!r}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def plugins(kind: Literal["tasks", "methods"]) -> list[str]:
+    """Names of the tasks or methods there are: a setting's value is the name of its file."""
+    files = (PACKAGE / kind).glob("*.py")
+    return sorted(f.stem.replace("_", "-") for f in files if not f.stem.startswith("_"))
+
+
+def _unknown_plugins(run_config: RunConfig) -> Iterator[str]:
+    kinds: tuple[tuple[str, Literal["tasks", "methods"]], ...] = (("task", "tasks"), ("method", "methods"))
+    for key, kind in kinds:
+        value = run_config.get(key)
+        if value is not None and not (
+            isinstance(value, str) and PLUGIN_NAME.fullmatch(value) and value in plugins(kind)
+        ):
+            yield f"{key} = {value!r}: should be one of {', '.join(plugins(kind))}"
+
+
+def looks_like_path(value: str) -> bool:
+    """Whether a backbone or data set is meant as a path, not as a hub id."""
+    return value.startswith((".", "/", "~")) or "\\" in value or Path(value).exists()
+
+
+def absolute(run_config: RunConfig) -> dict[str, Value]:
+    """The same run config with every path seen from the current folder made absolute.
+
+    Needed once, where the user typed the command: the apps may run in another folder.
+    """
+    result = dict(run_config)
+    for key in PATH_KEYS:
+        value = result.get(key)
+        if isinstance(value, str) and value and (key in ("output-dir", "resume-from") or looks_like_path(value)):
+            result[key] = str(Path(value).expanduser().resolve())
+    return result
+
+
+def check_paths(settings: Settings) -> None:
+    """Check that what the settings point at on this machine is there.
+
+    Raises:
+        SettingsError: names every path that is not, or a value that is neither a path nor a hub id.
+    """
+    mistakes = []
+    for key, value in (
+        ("backbone", settings.backbone),
+        ("dataset", settings.dataset),
+        ("lora.init", settings.lora.init),
+    ):
+        if value in ("", "bundled"):
+            continue
+        if looks_like_path(value):
+            if not Path(value).expanduser().exists():
+                mistakes.append(f"{key} = {value!r}: no such file or folder")
+        elif not HUB_ID.fullmatch(value):
+            mistakes.append(f"{key} = {value!r}: neither a path nor a hub id such as owner/name")
+    if settings.lora.init and not (Path(settings.lora.init) / "adapter_model.safetensors").is_file():
+        mistakes.append(f"lora.init = {settings.lora.init!r}: no adapter_model.safetensors in it")
+    if settings.resume_from and not Path(settings.resume_from).is_dir():
+        mistakes.append(f"resume-from = {settings.resume_from!r}: no such run folder")
+    if mistakes:
+        raise SettingsError("\n".join(mistakes))
+
+
+def flatten_toml(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
+    """Dotted keys of a nested TOML table.
+
+    Raises:
+        SettingsError: for a value that a run config cannot hold (a list, a date).
+    """
+    flat: dict[str, Value] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten_toml(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float | str):
+            flat[prefix + key] = value
+        else:
+            raise SettingsError(f"{prefix}{key} = {value!r}: should be a number, a text, true or false")
+    return flat
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A TOML file as nested tables.
+
+    Raises:
+        SettingsError: names the file that is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{file}: {error}") from None
+
+
+def defaults(app_dir: Path) -> dict[str, Value]:
+    """Every default value, from the app's ``pyproject.toml``.
+
+    Raises:
+        SettingsError: the folder holds no Flower app.
+    """
+    try:
+        table = read_toml(app_dir / "pyproject.toml")["tool"]["flwr"]["app"]["config"]
+    except (KeyError, TypeError):
+        raise SettingsError(f"{app_dir}: its pyproject.toml has no [tool.flwr.app.config]") from None
+    return flatten_toml(table)

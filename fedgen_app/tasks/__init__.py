@@ -1,0 +1,1 @@
+"""What is generated: one file per task, each ending in ``TASK = Task(...)``."""

@@ -1,0 +1,61 @@
+"""The ServerApp: settings, backbone, roll call, rounds, personalisation, results."""
+
+from __future__ import annotations
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from fedgen_app.federation import wire
+from fedgen_app.federation.client import load_method, lora_of
+from fedgen_app.federation.roster import Roster
+from fedgen_app.federation.strategy import FedLora
+from fedgen_app.learning import adapters
+from fedgen_app.learning.backbone import load_task, open_backbone
+from fedgen_app.runs.session import Session
+from fedgen_app.settings import Settings, check_paths
+
+app = ServerApp()
+
+
+@app.main()  # type: ignore[untyped-decorator]
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation from the last checkpoint, or from the start, to the exported adapters."""
+    settings = Settings.from_run_config(context.run_config)
+    check_paths(settings)
+    with Session.open(settings) as run:
+        if run.completed:
+            return
+        task, method = load_task(settings.task), load_method(settings.method)
+        backbone = open_backbone(settings)
+        test = task.load_test(settings, backbone)
+        run.begin(backbone)
+
+        def evaluate(number: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if test is None:
+                return None
+            adapters.write(backbone.model, wire.unpack(arrays, backbone.layout, "fp32"))
+            return MetricRecord(task.evaluate(backbone, test, settings.seed))
+
+        if test is not None and run.frozen is None:
+            with backbone.model.disable_adapter():
+                run.keep_frozen(task.evaluate(backbone, test, settings.seed))
+
+        roster = Roster(backbone.fingerprint, settings.expected_clients, settings.round.roll_call, run.event)
+        roster.call(grid)
+        run.plot_ownership(task, roster)
+
+        strategy = FedLora(
+            settings=settings,
+            method=method,
+            lora=lora_of(settings),
+            roster=roster,
+            state=run.state,
+            history=run.history,
+            run_name=run.name,
+            save=run.save,
+            report=run.event,
+        )
+        strategy.start(grid, evaluate_fn=evaluate)
+        if settings.personal.epochs or test is None:
+            run.keep_personal(strategy.personalise(grid))
+        run.finish(task, backbone, strategy.state)
