@@ -127,11 +127,10 @@ class Tree:
         self.seen.update(self.root.children(recursive=True))
 
     def names(self) -> set[str]:
-        return {process.name() for process in self.seen if process.is_running()}
+        return {process.name() for process in self.alive()}
 
     def alive(self) -> list[psutil.Process]:
-        running = [process for process in self.seen if process.is_running()]
-        return [process for process in running if process.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in self.seen if flower.is_alive(process)]
 
 
 def read(path: Path) -> Any:
@@ -197,7 +196,7 @@ def test_simulate_completes(app: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert {report["cwd"], *(client["cwd"] for client in report["clients"])} == {str(tmp_path)}
     assert "a client speaks" in log.read_text() and "Uvicorn running" in log.read_text()
     assert not Path(report["home"]).exists()
-    assert "raylet" in {process.info["name"] for process in []} or len(tree.seen) > 8  # it saw Ray's processes too
+    assert len(tree.seen) > 10  # Ray's processes too
     assert tree.alive() == []
 
 
@@ -255,13 +254,16 @@ def test_kill_9_leaves_nothing_behind(app: Path, tmp_path: Path) -> None:
 def test_a_dead_superlink_ends_the_simulation(app: Path, tmp_path: Path) -> None:
     tree = Tree(os.getpid())
 
+    deadline = time.monotonic() + 120
+
     def tick() -> None:
+        assert time.monotonic() < deadline
         tree.look()
         for process in tree.alive():
-            if process.name() == "flower-superlink" and (tmp_path / "report.json").exists():
+            if process.name().startswith("flower-superl") and (tmp_path / "report.json").exists():
                 process.kill()
 
-    with pytest.raises(RunError, match="the SuperLink ended with status -9"):
+    with pytest.raises(RunError, match="the SuperLink ended with status 137"):
         flower.simulate(app, config(tmp_path, "hang"), clients=4, log_file=tmp_path / "flower.log", tick=tick)
     assert tree.alive() == []
 
@@ -321,8 +323,6 @@ def test_submit_runs_and_stops_and_leaves_the_superlink(
     assert flower.submit(app, sent, superlink="fleet", log_file=log) == "finished:failed"
     assert "the app says no" in log.read_text()
 
-    seen: list[str] = []
-
     def tick() -> None:
         if "Started task" in (Path(os.environ["FLWR_HOME"]) / "superlink.log").read_text().split("Finished task")[-1]:
             raise KeyboardInterrupt
@@ -333,8 +333,8 @@ def test_submit_runs_and_stops_and_leaves_the_superlink(
     listed = subprocess.run(
         [BIN / "flwr", "list", "fleet", "--format", "json"], capture_output=True, text=True, check=True
     )
-    seen = [run["status"] for run in json.loads(listed.stdout)["runs"]]
-    assert sorted(seen) == ["finished:failed", "finished:stopped"]
+    statuses = [run["status"] for run in json.loads(listed.stdout)["runs"]]
+    assert sorted(statuses) == ["finished:failed", "finished:stopped"]
     assert fleet.is_running() and fleet.status() != psutil.STATUS_ZOMBIE
 
 
@@ -342,7 +342,7 @@ def test_submit_runs_and_stops_and_leaves_the_superlink(
 def test_submit_names_what_is_wrong(app: Path, tmp_path: Path, fleet: psutil.Process) -> None:
     with pytest.raises(RunError, match="nowhere"):
         flower.submit(app, {}, superlink="nowhere", log_file=tmp_path / "log")
-    with pytest.raises(RunError, match="(?s)Flower refused .*override"):
+    with pytest.raises(RunError, match="(?s)Flower refused .*Invalid run configuration"):
         flower.submit(app, {"unknown-key": 1}, superlink="fleet", log_file=tmp_path / "log")
     fleet.kill()
     fleet.wait()

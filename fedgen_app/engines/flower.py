@@ -421,7 +421,7 @@ def _launch(port: int, log_file: Path) -> _SuperLink:
 
 
 def keep() -> None:
-    """Be the keeper: run the command until it ends or standard input closes, then end all and remove the folder.
+    """Be the keeper: run the command until it ends or standard input closes, then end all, remove the folder.
 
     The command line is: this package's folder, the simulation's folder, the command.
     """
@@ -439,7 +439,8 @@ def keep() -> None:
         with contextlib.suppress(ChildProcessError):  # adopted orphans: a container's init may not reap them
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-    sys.exit(superlink.returncode)
+    code = superlink.returncode or 0
+    sys.exit(code if code >= 0 else 128 - code)  # as a shell tells a signal
 
 
 def end_processes(home: Path) -> None:
@@ -464,4 +465,12 @@ def _processes(home: Path) -> set[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             found.update(process.children(recursive=True))
     found.discard(psutil.Process())
-    return {process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE}
+    return {process for process in found if is_alive(process)}
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether `process` still runs; a zombie does not."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # it ended between the two questions
+        return False
