@@ -27,13 +27,13 @@ from fedgen_app.runs.progress import step_bar
 app = ClientApp(mods=[guarded])
 
 
-@app.query("roll_call")  # type: ignore[untyped-decorator]
+@app.query("roll_call")
 def roll_call(message: Message, context: Context) -> Message:
     """Say who is here: id, number of examples, fingerprint of the backbone, versions."""
     me = Participant.from_context(context)
     backbone = open_backbone(me.settings, me.backbone)
     data = load_task(me.settings.task).load_data(me.settings, backbone, me.share)
-    facts = {
+    facts: dict[str, int | float | str] = {
         "client": str(me.client),
         "num-examples": len(data.train),
         "rank": me.settings.lora.rank,
@@ -45,7 +45,7 @@ def roll_call(message: Message, context: Context) -> Message:
     return Message(wire.reply(0, {}, facts=facts), reply_to=message)
 
 
-@app.train()  # type: ignore[untyped-decorator]
+@app.train()
 def train(message: Message, context: Context) -> Message:
     """Start from the received adapter, train it on the client's own data, keep it, answer with what is shared."""
     began = time.monotonic()
@@ -80,7 +80,7 @@ def train(message: Message, context: Context) -> Message:
     return Message(wire.reply(order.number, metrics, shared, me.settings.wire.codec), reply_to=message)
 
 
-@app.train("personalise")  # type: ignore[untyped-decorator]
+@app.train("personalise")
 def personalise(message: Message, context: Context) -> Message:
     """Fine-tune the final adapter for this client alone, keep it here, answer with metrics on the local hold-out."""
     me = Participant.from_context(context)

@@ -17,7 +17,7 @@ from fedgen_app.settings import Settings, check_paths
 app = ServerApp()
 
 
-@app.main()  # type: ignore[untyped-decorator]
+@app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation from the last checkpoint, or from the start, to the exported adapters."""
     settings = Settings.from_run_config(context.run_config)
@@ -34,7 +34,7 @@ def main(grid: Grid, context: Context) -> None:
             if test is None:
                 return None
             adapters.write(backbone.model, wire.unpack(arrays, backbone.layout, "fp32"))
-            return MetricRecord(task.evaluate(backbone, test, settings.seed))
+            return MetricRecord({**task.evaluate(backbone, test, settings.seed)})
 
         if test is not None and run.frozen is None:
             with backbone.model.disable_adapter():

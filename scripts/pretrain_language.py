@@ -43,13 +43,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW with linear warm-up and cosine decay to a tenth. Ends after `minutes` of training or `steps`."""
+    """Muon and AdamW, linear warm-up, cosine decay to a twentieth. Ends after `minutes` of training or `steps`."""
 
     minutes: float | None
     steps: int | None
     batch_size: int = 16
-    learning_rate: float = 2e-3
-    warmup_steps: int = 200
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 1
@@ -62,7 +62,7 @@ class Recipe:
 
     def rate(self, step: int, progress: float) -> float:
         """Learning rate at a step."""
-        decayed = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+        decayed = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * decayed
 
 
@@ -178,6 +178,21 @@ def save_state(folder: Path, state: dict[str, object]) -> None:
     os.replace(folder / "state.pt.new", folder / "state.pt")
 
 
+def build_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon (https://kellerjordan.github.io/posts/muon) for the matrices inside, AdamW for embeddings and norms.
+
+    Muon needs fewer tokens than AdamW for the same loss, and tokens are what a processor has few of.
+    """
+    inside = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    outside = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
+    # match_rms_adamw scales Muon's updates so that both can share one learning rate.
+    muon = torch.optim.Muon(
+        inside, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(outside, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return [muon, adamw]
+
+
 def train(
     model: LlamaForCausalLM,
     stream: Tensor,
@@ -187,24 +202,19 @@ def train(
     forward: Callable[..., Tensor],
 ) -> tuple[int, float]:
     """Train in place on random windows of the stream; returns (steps, seconds of training)."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizers = build_optimizers(model, recipe)
     step, seconds = 0, 0.0
     if checkpoint and (checkpoint / "state.pt").exists():
         state = torch.load(checkpoint / "state.pt", weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         step, seconds = state["step"], state["seconds"]
         print(f"resumed at step {step}", flush=True)
     saved = seconds
     while (progress := recipe.progress(step, seconds)) < 1:
         started = time.monotonic()
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.rate(step, progress)
         # The windows depend on (seed, step) alone: a resumed training sees the same ones.
         draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
@@ -212,19 +222,18 @@ def train(
         loss = forward(model, torch.stack([stream[i : i + context + 1] for i in starts]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
         seconds += time.monotonic() - started
         if step % 100 == 0:
             pace = step * recipe.batch_size * context / seconds
             print(f"step {step}  {progress:.1%}  loss {loss.item():.3f}  {pace:.0f} tokens/s", flush=True)
         if checkpoint and seconds - saved > 120:
-            model_state = model.state_dict()
-            save_state(
-                checkpoint,
-                {"model": model_state, "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds},
-            )
+            kept_state = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"model": model.state_dict(), "optimizers": kept_state, "step": step, "seconds": seconds}
+            save_state(checkpoint, state)
             saved = seconds
     return step, seconds
 

@@ -76,9 +76,7 @@ def test_a_damaged_file_is_built_again(folder: Path, damage: str, caplog: pytest
     cached("toy", {}, lambda: {"x": np.arange(100)})
     file = only_file(folder)
     whole = file.read_bytes()
-    file.write_bytes(
-        {"cut": whole[:-8], "emptied": b"", "header": b"\xff" * 8 + whole, "text": b"hello"}[damage]
-    )
+    file.write_bytes({"cut": whole[:-8], "emptied": b"", "header": b"\xff" * 8 + whole, "text": b"hello"}[damage])
     with caplog.at_level(logging.WARNING):
         assert cached("toy", {}, lambda: {"x": np.arange(100)})["x"].tolist() == list(range(100))
     assert str(file) in caplog.text and "damaged" in caplog.text

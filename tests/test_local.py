@@ -39,18 +39,14 @@ ends = st.sampled_from(["\n", "\n", "\r\n", "\r", "\n\n"])
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(
-    st.lists(st.tuples(lines, ends), max_size=60).map(lambda parts: "".join(a + b for a, b in parts)), lines
-)
+@given(st.lists(st.tuples(lines, ends), max_size=60).map(lambda parts: "".join(a + b for a, b in parts)), lines)
 def test_pieces_of_a_text_file_give_it_back(tmp_path: Path, text: str, last: str) -> None:
     file = tmp_path / "any.txt"
     file.write_bytes(("x" + text + last).encode())
     corpus = train(file)
     assert "".join(corpus.texts).encode() == file.read_bytes()
     assert corpus.running and all(corpus.texts)
-    written = sum(
-        bool(line.strip()) for piece in corpus.texts for line in piece.replace("\r", "\n").split("\n")
-    )
+    written = sum(bool(line.strip()) for piece in corpus.texts for line in piece.replace("\r", "\n").split("\n"))
     assert len(corpus.texts) >= written / 16
 
 
@@ -213,9 +209,7 @@ def test_holdout_splits_everything(count: int, fraction: float, seed: int) -> No
     assert (np.diff(kept) > 0).all() and (np.diff(held) > 0).all()
     assert len(kept) >= 1 and len(held) >= 1
     assert abs(len(held) - fraction * count) <= 1
-    assert all(
-        np.array_equal(a, b) for a, b in zip(holdout(count, fraction, seed), (kept, held), strict=True)
-    )
+    assert all(np.array_equal(a, b) for a, b in zip(holdout(count, fraction, seed), (kept, held), strict=True))
 
 
 def test_holdout_at_the_edges() -> None:

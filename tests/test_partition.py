@@ -42,9 +42,7 @@ def purity(split: Partition) -> float:
 
 def check_complete(split: Partition, count: int) -> None:
     assert sorted(np.concatenate(split.documents).tolist()) == list(range(count))
-    assert all(
-        documents.dtype == np.int64 and (np.diff(documents) > 0).all() for documents in split.documents
-    )
+    assert all(documents.dtype == np.int64 and (np.diff(documents) > 0).all() for documents in split.documents)
 
 
 @settings(max_examples=40, deadline=None)
@@ -56,9 +54,7 @@ def check_complete(split: Partition, count: int) -> None:
     alpha=st.sampled_from([1e-4, 0.01, 0.3, 1.0, 100.0]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_every_document_has_one_owner(
-    by: str, count: int, kinds: int, clients: int, alpha: float, seed: int
-) -> None:
+def test_every_document_has_one_owner(by: str, count: int, kinds: int, clients: int, alpha: float, seed: int) -> None:
     clients = min(clients, count)
     split = partition(labelled(count, kinds), by=by, alpha=alpha, clients=clients, seed=seed, min_examples=0)
     assert len(split.documents) == clients
@@ -78,9 +74,7 @@ def test_alpha_sets_the_skew() -> None:
     means = [
         np.mean(
             [
-                purity(
-                    partition(labelled(500), by="label", alpha=alpha, clients=5, seed=seed, min_examples=1)
-                )
+                purity(partition(labelled(500), by="label", alpha=alpha, clients=5, seed=seed, min_examples=1))
                 for seed in range(4)
             ]
         )
@@ -184,12 +178,8 @@ def test_the_plot_is_a_png_and_leaves_pyplot_alone(tmp_path: Path) -> None:
 
     backend = matplotlib.rcParams._get_backend_or_none()  # type: ignore[attr-defined]
     texts = tuple(map(str, range(40)))
-    labels = tuple(
-        ["_hidden", "$x^", "nul\0", "long " * 20, ""][i % 5] + str(i // 5) * (i > 4) for i in range(40)
-    )
-    split = partition(
-        Corpus("odd", texts, labels, False, 0), by="iid", alpha=1, clients=4, seed=0, min_examples=1
-    )
+    labels = tuple(["_hidden", "$x^", "nul\0", "long " * 20, ""][i % 5] + str(i // 5) * (i > 4) for i in range(40))
+    split = partition(Corpus("odd", texts, labels, False, 0), by="iid", alpha=1, clients=4, seed=0, min_examples=1)
     plot_partition(split, tmp_path / "odd.png")
     plot_partition(Partition("iid", (np.arange(3), np.arange(0)), ()), tmp_path / "plain.png")
     for name in ("odd.png", "plain.png"):

@@ -49,9 +49,7 @@ class Corpus:
     skipped: int
 
 
-def load_corpus(
-    source: str, split: Split, *, text_column: str = "text", label_column: str = ""
-) -> Corpus | None:
+def load_corpus(source: str, split: Split, *, text_column: str = "text", label_column: str = "") -> Corpus | None:
     """Read one split of ``source``; None where there is no test split.
 
     source: "bundled"; a file (.txt .csv .json .jsonl .parquet: all of it is the training split); a folder of
@@ -122,9 +120,7 @@ def _supported(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in BUILDERS and file.name[0] != "." and file.is_file()
+        file for file in folder.iterdir() if file.suffix.lower() in BUILDERS and file.name[0] != "." and file.is_file()
     )
 
 
@@ -148,9 +144,7 @@ def _decoded(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8: byte {error.start} ({error.reason}); convert it to UTF-8"
-        ) from error
+        raise DataError(f"{file} is not UTF-8: byte {error.start} ({error.reason}); convert it to UTF-8") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error}") from error
 
@@ -187,9 +181,7 @@ def _read_records(kind: str, files: Sequence[Path], source: str, columns: Sequen
     except DataError:
         raise
     except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{source} holds no document or cannot be read: {error.__cause__ or error}"
-        ) from error
+        raise DataError(f"{source} holds no document or cannot be read: {error.__cause__ or error}") from error
 
 
 def _csv_options(file: str, columns: Sequence[str], source: str) -> dict[str, Any]:
@@ -237,9 +229,7 @@ def _from_hub(source: str, split: Split, text_column: str, label_column: str) ->
     return _choose(name, splits, split, source, text_column, label_column)
 
 
-def _choose(
-    name: str, splits: Any, split: Split, source: str, text_column: str, label_column: str
-) -> Corpus | None:
+def _choose(name: str, splits: Any, split: Split, source: str, text_column: str, label_column: str) -> Corpus | None:
     if split in splits:
         return _records(name, splits[split], source, text_column, label_column)
     if split == "test":
@@ -255,9 +245,7 @@ def _records(name: str, dataset: Dataset, source: str, text_column: str, label_c
     if label_column:
         values, feature = list(dataset[label_column]), dataset.features[label_column]
         labels = tuple(_label(values[index], feature) for index in kept)
-    corpus = Corpus(
-        name, tuple(texts[index] for index in kept), labels, running=False, skipped=len(texts) - len(kept)
-    )
+    corpus = Corpus(name, tuple(texts[index] for index in kept), labels, running=False, skipped=len(texts) - len(kept))
     return _checked(corpus, source)
 
 

@@ -40,9 +40,7 @@ class Partition:
     labels: tuple[str, ...]
 
 
-def partition(
-    corpus: Corpus, *, by: str, alpha: float, clients: int, seed: int, min_examples: int
-) -> Partition:
+def partition(corpus: Corpus, *, by: str, alpha: float, clients: int, seed: int, min_examples: int) -> Partition:
     """Deal every document of ``corpus`` to one of ``clients``; the same seed gives the same partition.
 
     by: "iid"; "label" or "topic": how much of each label (topic) a client gets is drawn from
@@ -96,9 +94,7 @@ def _deal_skewed(
 
     # Numbers, not the labels themselves: the partitioner compares numpy strings, which drop trailing NULs.
     numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
-    dataset = Dataset.from_dict(
-        {"document": range(len(labels)), "label": [numbers[label] for label in labels]}
-    )
+    dataset = Dataset.from_dict({"document": range(len(labels)), "label": [numbers[label] for label in labels]})
     for own_seed in np.random.SeedSequence(seed).generate_state(DIRICHLET_SEEDS):
         partitioner = DirichletPartitioner(
             clients,
@@ -128,8 +124,7 @@ def _deal_skewed(
 
 def _owned(partitioner: Any, clients: int) -> tuple[IntArray, ...]:
     return tuple(
-        np.sort(np.asarray(partitioner.load_partition(client)["document"][:], np.int64))
-        for client in range(clients)
+        np.sort(np.asarray(partitioner.load_partition(client)["document"][:], np.int64)) for client in range(clients)
     )
 
 
@@ -139,15 +134,11 @@ def _topics(texts: Sequence[str], seed: int) -> tuple[str, ...]:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from threadpoolctl import threadpool_limits
 
-    vectorizer = TfidfVectorizer(
-        sublinear_tf=True, stop_words="english", max_features=VOCABULARY, dtype=np.float32
-    )
+    vectorizer = TfidfVectorizer(sublinear_tf=True, stop_words="english", max_features=VOCABULARY, dtype=np.float32)
     try:
         vectors = vectorizer.fit_transform(texts)
     except ValueError as error:
-        raise DataError(
-            f"partition.by is topic, but the documents have no words to go by ({error})"
-        ) from error
+        raise DataError(f"partition.by is topic, but the documents have no words to go by ({error})") from error
     count = min(TOPICS, max(1, len(texts) // DOCUMENTS_PER_TOPIC))
     kmeans = KMeans(count, n_init=KMEANS_STARTS, random_state=seed)
     # One thread: several add up a centre in the order in which they finish, which is not the same twice.
@@ -168,9 +159,7 @@ def plot_partition(split: Partition, file: Path) -> None:
 
     clients = len(split.documents)
     names, counts = _count(split)
-    figure = Figure(
-        figsize=(10, max(3.0, 1.5 + (0.32 if clients <= 30 else 0.14) * clients)), layout="constrained"
-    )
+    figure = Figure(figsize=(10, max(3.0, 1.5 + (0.32 if clients <= 30 else 0.14) * clients)), layout="constrained")
     axes = figure.add_subplot()
     colours = colormaps["tab10" if len(names) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     left = np.zeros(clients)

@@ -58,6 +58,7 @@ _SIMULATION = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # Ray's own default of 15 lets anything else on the machine go first
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's ports know no login: only on loopback
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -5,6 +5,7 @@ All sums run in float64 and in the order of the arguments: the same replies give
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,7 @@ def change_norm(new: Adapter, old: Adapter, scaling: float) -> float:
         a_new, a_old = (x[key_a].double().flatten(1) for x in (new, old))
         b_new, b_old = (x[key_b].double().flatten(1) for x in (new, old))
         square += _product_norm(torch.cat([b_new, b_old], 1), torch.cat([a_new, -a_old], 0)) ** 2
-    return scaling * square**0.5
+    return scaling * math.sqrt(square)
 
 
 def shrink(new: Adapter, old: Adapter, scaling: float, limit: float) -> Adapter:

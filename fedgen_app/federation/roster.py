@@ -22,6 +22,15 @@ ROLL_CALL = f"{MessageType.QUERY}.roll_call"
 Report = Callable[..., None]
 
 
+class _LeftOut(Exception):
+    """A node that does not take part."""
+
+    def __init__(self, reason: str, detail: str, client: ClientId | None = None) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.client = client
+
+
 @dataclass(frozen=True)
 class Member:
     """One client as it presented itself."""
@@ -93,8 +102,11 @@ class Roster:
         replies = collect(grid, messages, Patience(deadline))
         claims: dict[ClientId, list[Member]] = {}
         for node, message in sorted(replies.messages.items()):
-            member = self._read(node, message)
-            if member is not None:
+            try:
+                member = self._read(node, message)
+            except _LeftOut as out:
+                self._leave_out(node, out.reason, str(out), out.client)
+            else:
                 claims.setdefault(member.client, []).append(member)
         for client in in_order(claims):
             self._settle(client, claims[client], nodes)
@@ -102,22 +114,22 @@ class Roster:
 
     _simulated: int = 0
 
-    def _read(self, node: int, message: Message) -> Member | None:
+    def _read(self, node: int, message: Message) -> Member:
         if message.has_error():
             reason = "policy" if message.error.code == PolicyError.code else "error"
-            return self._leave_out(node, reason, f"answered with code {message.error.code}")
+            raise _LeftOut(reason, f"answered with code {message.error.code}")
         try:
             facts = message.content.config_records["reply"]
             client = parse_client(str(facts["client"]))
             examples, rank = facts["num-examples"], facts["rank"]
             fingerprint, simulated = str(facts["fingerprint"]), facts["simulated-clients"]
         except (KeyError, ValueError) as error:
-            return self._leave_out(node, "malformed", f"{type(error).__name__} in its answer")
+            raise _LeftOut("malformed", f"{type(error).__name__} in its answer") from None
         if not (isinstance(examples, int) and examples > 0 and isinstance(rank, int) and rank > 0):
-            return self._leave_out(node, "weight", f"num-examples = {examples!r}, rank = {rank!r}")
+            raise _LeftOut("weight", f"num-examples = {examples!r}, rank = {rank!r}", client)
         if fingerprint != self.fingerprint:
             detail = f"its backbone is {fingerprint[:80]}, the server's is {self.fingerprint}"
-            return self._leave_out(node, "fingerprint", detail, client)
+            raise _LeftOut("fingerprint", detail, client)
         if isinstance(simulated, int) and simulated > 0:
             self.simulated = simulated
         versions = {key: str(facts[key]) for key in ("torch", "transformers", "peft", "dtype") if key in facts}

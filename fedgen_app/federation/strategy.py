@@ -170,7 +170,7 @@ class FedLora(Strategy):
         self, number: int, clients: list[ClientId], adapter: Adapter, kind: str, deadline: float
     ) -> list[Message]:
         """One message per client with a record of its own."""
-        config = {wire.ROUND: number, wire.RUN: self.run_name}
+        config: dict[str, int | float | str] = {wire.ROUND: number, wire.RUN: self.run_name}
         self._nodes = {self.roster.members[client].node: client for client in clients}
         messages = [
             Message(

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -84,7 +85,7 @@ def pick_device(name: str) -> torch.device:
 def _computes_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself; emulation is slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
@@ -215,7 +216,10 @@ def _open(
         cast(Any, loaded.model).gradient_checkpointing_enable({"use_reentrant": False})
     on_hub = source != "bundled" and not looks_like_path(source)
     reference = source if on_hub else str(folder)
-    model = get_peft_model(cast(Any, loaded.model), lora_config(loaded.model, task, lora))
+    with warnings.catch_warnings():
+        # PEFT reads an attribute that transformers has renamed; a user can do nothing about it.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+        model = get_peft_model(cast(Any, loaded.model), lora_config(loaded.model, task, lora))
     peft_config = model.peft_config["default"]
     peft_config.base_model_name_or_path, peft_config.revision = reference, revision or None
     return Backbone(

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from torch import Tensor
 
 from fedgen_app.files import write_atomic
@@ -24,7 +23,7 @@ def save_peft(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor], c
     ``PeftModel.from_pretrained(base, folder)`` opens the folder; its base model is the one that was trained on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config: LoraConfig = backbone.model.peft_config["default"]
+    config: Any = backbone.model.peft_config["default"]
     facts = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     facts |= {"inference_mode": True}
     write_atomic(folder / "adapter_config.json", (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())

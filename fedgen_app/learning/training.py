@@ -70,7 +70,7 @@ def planned_steps(examples: int, plan: Plan) -> int:
 def _batches(count: int, plan: Plan, generator: torch.Generator) -> Iterator[list[Tensor]]:
     """Per optimiser step a list of index tensors, one per batch; every example once per epoch."""
     for _ in range(plan.epochs):
-        order = torch.randperm(count, generator=generator).split(plan.batch_size)
+        order = torch.split(torch.randperm(count, generator=generator), plan.batch_size)
         for start in range(0, len(order), plan.accumulate):
             yield list(order[start : start + plan.accumulate])
 
@@ -116,11 +116,11 @@ def train(
         for indices in group:
             batch = {name: tensor[indices.to(device)] for name, tensor in rows.items()}
             value = loss(model, batch, noise)
-            scaler.scale(value * (len(indices) / size)).backward()
+            torch.autograd.backward(scaler.scale(value * (len(indices) / size)))
             total += value.detach() * len(indices)
         if pull:
             penalty = sum((((p - w) ** 2).sum() for p, w in pull), torch.zeros((), device=device))
-            scaler.scale(plan.proximal / 2 * penalty).backward()
+            torch.autograd.backward(scaler.scale(plan.proximal / 2 * penalty))
         if plan.decay:
             optimiser.param_groups[0]["lr"] = plan.learning_rate * (1 - step / steps)
         scaler.unscale_(optimiser)

@@ -117,8 +117,10 @@ def _metrics(metrics: Mapping[str, Any] | None) -> str:
 
 
 def number(value: object) -> str:
-    """Four significant figures."""
-    return f"{value:.4g}" if isinstance(value, int | float) and abs(value) < 1e4 else str(value)
+    """Four significant figures; a dash where nothing was measured."""
+    if not isinstance(value, int | float):
+        return "-"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def size(count: float) -> str:
@@ -145,5 +147,5 @@ def table(results: Mapping[str, Any], metric: str) -> list[tuple[str, str, str]]
         "global": (done.get("metrics") or {}).get(metric) if done.get("source") == "server" else None,
         "personal": None,
     }
-    show = lambda v: "-" if v is None else number(v)  # noqa: E731
-    return [(s, show(server[s]), show(means.get(s, {}).get(metric))) for s in ("frozen", "global", "personal")]
+    own = {state: means.get(state, {}).get(metric) for state in server}
+    return [(state, number(server[state]), number(own[state])) for state in server]

@@ -60,7 +60,7 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device) -> Loa
     Raises:
         BackboneError: the folder holds no causal language model with safetensors weights.
     """
-    transformers_logging.disable_progress_bar()
+    cast(Any, transformers_logging).disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
@@ -72,7 +72,7 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device) -> Loa
     if tokenizer.eos_token_id is None:
         raise BackboneError(f"{folder}: its tokenizer has no end-of-text token")
     model.config.use_cache = False
-    return Loaded(model.to(device), tokenizer)
+    return Loaded(cast(nn.Module, model).to(device), tokenizer)
 
 
 def _source_identity(source: str, split: str, corpus: Corpus | None) -> str:
@@ -149,9 +149,8 @@ def pack(
     pieces = [np.asarray(documents["tokens"][starts[i] : starts[i + 1]]) for i in chosen]
     tokens = np.concatenate(pieces).astype(np.int64) if pieces else np.zeros(0, np.int64)
     rows = math.ceil(len(tokens) / length)
-    labels = np.full(rows * length, IGNORED, np.int64)
-    labels[: len(tokens)] = tokens
-    labels = labels.reshape(rows, length)
+    labels = np.full((rows, length), IGNORED, np.int64)
+    labels.flat[: len(tokens)] = tokens
     inputs = np.concatenate([np.full((rows, 1), start, np.int64), labels[:, :-1]], axis=1)
     inputs[inputs == IGNORED] = start
     counts = {

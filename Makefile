@@ -1,0 +1,34 @@
+# The two commands of README: `make run` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test test-fast check clean
+
+run: .venv/sim
+	$(BIN)/fedgen run --preset quickstart
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+test-fast: .venv/dev
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/sim: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[sim]"
+	touch $@
+
+.venv/dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[sim,dev]"
+	touch $@
