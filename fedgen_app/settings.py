@@ -82,6 +82,7 @@ class PersonalSettings(Group):
     """``personal.*``: the fine-tuning after the last round whose result never leaves the client."""
 
     epochs: AtLeastZero
+    max_steps: AtLeastZero
     learning_rate: Positive
     proximal: NotNegative
 

@@ -167,7 +167,7 @@ def personal_plan(settings: Settings, client: ClientId, dtype: torch.dtype) -> P
     """How a client fine-tunes the final adapter for itself."""
     return Plan(
         epochs=settings.personal.epochs,
-        max_steps=0,
+        max_steps=settings.personal.max_steps,
         batch_size=settings.batch_size,
         accumulate=settings.accumulate,
         learning_rate=settings.personal.learning_rate,
