@@ -70,7 +70,7 @@ class Display:
     def show(self, event: Mapping[str, Any]) -> None:
         """One event."""
         if self.status and event["event"] == "reply":
-            self.status.update(f"round {event['round']}: {event['done']} of {event['of']} clients have answered")
+            self.status.update(f"{event['what']}: {event['done']} of {event['of']} clients have answered")
         if text := report.line(event):
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -203,6 +203,9 @@ def _settle(folder: Path, status: str, reason: str) -> str:
 
 def show_results(folder: Path, console: Console) -> None:
     """The short table at the end of a run."""
+    if not (folder / "results.json").exists():  # the ServerApp ran on another machine
+        console.print(f"completed; the run folder lies on the server, as {folder}", highlight=False, soft_wrap=True)
+        return
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     final = results["final"]
     name = report.headline(results)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedgen_app.errors import RunError
+
 # A message stays valid a little longer than anyone waits for it, and then it is gone from the SuperLink too.
 TTL_MARGIN = 60.0
 POLL_SECONDS = (0.02, 0.5)
@@ -50,11 +52,17 @@ def collect(
     Args:
         messages: One per node.
         on_reply: Called with (replies so far, messages sent) whenever something arrived.
+
+    Raises:
+        RunError: the SuperLink refuses the messages.
     """
     outgoing = list(messages)
     waiting: dict[str, int] = {}
     result = Replies(missing={m.metadata.dst_node_id for m in outgoing})
-    for message, identifier in zip(outgoing, grid.push_messages(outgoing), strict=True):
+    identifiers = list(grid.push_messages(outgoing))
+    if len(identifiers) != len(outgoing):
+        raise RunError(f"the SuperLink did not take {len(outgoing)} messages: they are larger than it allows")
+    for message, identifier in zip(outgoing, identifiers, strict=True):
         if identifier:  # empty: the SuperLink knows that node no longer
             waiting[identifier] = message.metadata.dst_node_id
     needed = max(1, math.ceil(patience.quorum * len(outgoing)))

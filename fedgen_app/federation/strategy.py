@@ -111,7 +111,7 @@ class FedLora(Strategy):
             began = time.monotonic()
             self.roster.ask_newcomers(grid, self.settings.round.roll_call)
             messages = list(self.configure_train(number, ArrayRecord(), train_config or ConfigRecord(), grid))
-            replies = collect(grid, messages, self._patience(), self._progress(number))
+            replies = collect(grid, messages, self._patience(), self._progress(f"round {number}"))
             outcome = self._admit(number, replies)
             self._aggregate(number, outcome)
             entry = self._entry(number, outcome)
@@ -138,8 +138,8 @@ class FedLora(Strategy):
         waiting = self.settings.round
         return Patience(waiting.deadline, waiting.quorum, waiting.grace)
 
-    def _progress(self, number: int) -> Callable[[int, int], None]:
-        return lambda done, of: self.report("reply", round=number, done=done, of=of)
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, of: self.report("reply", what=what, done=done, of=of)
 
     def _round(self, number: int) -> Round:
         return Round(number, self.lora, derive(self.settings.seed, "round", number))
@@ -264,7 +264,7 @@ class FedLora(Strategy):
         deadline = self.settings.round.deadline * math.ceil(len(present) / per_round)
         messages = self.address(number, present, adapter, PERSONALISE, deadline)
         names = dict(self._nodes)
-        replies = collect(grid, messages, Patience(deadline), self._progress(number))
+        replies = collect(grid, messages, Patience(deadline), self._progress("personalisation"))
         found = {names[node]: message for node, message in replies.messages.items()}
         entries = []
         for client in in_order(names.values()):

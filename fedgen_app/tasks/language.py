@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,14 @@ def _source_identity(source: str, split: str, corpus: Corpus | None) -> str:
     return hashlib.sha256("\x00".join(corpus.texts).encode(errors="surrogatepass")).hexdigest()
 
 
+@functools.lru_cache(maxsize=2)
+def _tokenizer_mark(tokenizer: Any) -> str:
+    """A digest of all that a tokenizer does; of a slow one, which cannot be written down whole, of its vocabulary."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    whole = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
 def _tokenise(corpus: Corpus, tokenizer: Any) -> dict[str, np.ndarray[Any, Any]]:
     """All documents' tokens in one array, where each begins, and their words and bytes.
 
@@ -122,7 +131,7 @@ def _documents(settings: Settings, backbone: Backbone, source: str, split: str) 
     key = {
         "source": _source_identity(source, split, corpus),
         "columns": [settings.text_column, settings.label_column],
-        "tokenizer": hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "tokenizer": _tokenizer_mark(tokenizer),
         "version": 1,
     }
     return cached("tokens", key, lambda: _tokenise(_required(corpus or _corpus(settings, source, split)), tokenizer))
