@@ -12,7 +12,7 @@ from math import floor
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedgen_app.errors import PolicyError
+from fedgen_app.errors import PolicyError, RunError
 from fedgen_app.federation.exchange import TTL_MARGIN, Patience, collect
 from fedgen_app.federation.method import ClientId
 from fedgen_app.seeds import derive
@@ -77,17 +77,25 @@ class Roster:
     simulated: int = 0
 
     def call(self, grid: Grid) -> None:
-        """Ask all nodes and wait, at most ``deadline`` seconds, until the expected clients are there."""
+        """Ask all nodes and wait, at most ``deadline`` seconds, until the expected clients are there.
+
+        Raises:
+            RunError: nobody can take part.
+        """
         end = time.monotonic() + self.deadline
         while True:
             simulated = self.ask_newcomers(grid, max(1.0, end - time.monotonic()))
             expected = self.expected or simulated or max(1, len(self.members))
-            if len(self.members) + len(self.left_out) >= expected and self.members:
+            complete = len(self.members) + len(self.left_out) >= expected
+            if complete and self.members:
                 return
-            if time.monotonic() >= end:
-                self.report("roll-call-timeout", clients=len(self.members), expected=expected)
-                return
+            if time.monotonic() >= end or (complete and self.expected):
+                break
             time.sleep(0.2)
+        if not self.members:
+            reasons = ", ".join(sorted(set(self.left_out.values()))) or "nobody answered"
+            raise RunError(f"no client can take part ({reasons}); the clients' own logs say why")
+        self.report("roll-call-timeout", clients=len(self.members), expected=expected)
 
     def ask_newcomers(self, grid: Grid, deadline: float) -> int:
         """Ask the nodes that are new; returns how many clients a simulation says it has, else 0."""
