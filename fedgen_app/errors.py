@@ -55,3 +55,9 @@ class RunError(FedgenError):
     """The federation cannot go on."""
 
     code = 107
+
+
+def meaning(code: int) -> str:
+    """What a client's error code says, in a word or two; Flower's own codes are below 100."""
+    words = {kind.code: kind.__name__.removesuffix("Error").lower() for kind in FedgenError.__subclasses__()}
+    return f"code {code}, {words[code]}" if code in words else f"code {code}"

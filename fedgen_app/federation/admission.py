@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from flwr.app import Message
 
-from fedgen_app.errors import PolicyError
+from fedgen_app.errors import PolicyError, meaning
 from fedgen_app.federation import wire
 from fedgen_app.federation.aggregation import change_norm, shrink
 from fedgen_app.federation.method import ClientId, Lora, Update
@@ -63,7 +63,7 @@ def check(message: Message, client: ClientId, expected: Expected) -> Update:
     """
     if message.has_error():
         reason = "policy" if message.error.code == PolicyError.code else "error"
-        raise Rejected(reason, f"code {message.error.code}")
+        raise Rejected(reason, meaning(message.error.code))
     content = message.content
     if set(content) != {"arrays", "metrics", "reply"}:
         raise Rejected("malformed", f"records {sorted(content)[:5]}")
@@ -141,7 +141,7 @@ def personal_metrics(message: Message | None, number: int) -> dict[str, Any]:
     if message is None:
         raise Rejected("timeout")
     if message.has_error():
-        raise Rejected("policy" if message.error.code == PolicyError.code else "error", f"code {message.error.code}")
+        raise Rejected("policy" if message.error.code == PolicyError.code else "error", meaning(message.error.code))
     try:
         metrics = dict(message.content.metric_records["metrics"])
         facts = message.content.config_records["reply"]

@@ -12,7 +12,7 @@ from math import floor
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedgen_app.errors import PolicyError, RunError
+from fedgen_app.errors import PolicyError, RunError, meaning
 from fedgen_app.federation.exchange import TTL_MARGIN, Patience, collect
 from fedgen_app.federation.method import ClientId
 from fedgen_app.seeds import derive
@@ -125,7 +125,7 @@ class Roster:
     def _read(self, node: int, message: Message) -> Member:
         if message.has_error():
             reason = "policy" if message.error.code == PolicyError.code else "error"
-            raise _LeftOut(reason, f"answered with code {message.error.code}")
+            raise _LeftOut(reason, f"answered with {meaning(message.error.code)}")
         try:
             facts = message.content.config_records["reply"]
             client = parse_client(str(facts["client"]))
