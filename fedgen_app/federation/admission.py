@@ -113,12 +113,14 @@ def _within_norm(adapter: Adapter, expected: Expected) -> Adapter:
     limit = expected.limits.max_update_norm
     if not limit:
         return adapter
-    old = {key: expected.reference[key] for key, _ in expected.layout}
-    norm = change_norm(adapter, old, expected.lora.scaling)
+    # With the factors that were not shared: the change of B alone is B' A - B A.
+    old, new = expected.reference, expected.reference | adapter
+    norm = change_norm(new, old, expected.lora.scaling)
     if norm <= limit:
         return adapter
     if expected.limits.norm_action == "clip" and math.isfinite(norm):
-        return shrink(adapter, old, expected.lora.scaling, limit)
+        clipped = shrink(new, old, expected.lora.scaling, limit)
+        return {key: clipped[key] for key, _ in expected.layout}
     raise Rejected("norm", f"{norm:.4g} > admission.max-update-norm = {limit:g}")
 
 

@@ -1,0 +1,27 @@
+"""What every test needs: an identity for Flower's messages, and a cache that is not the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import settings
+
+# A time limit per example says more about the machine than about the code.
+settings.register_profile("fedgen", deadline=None)
+settings.load_profile("fedgen")
+
+
+@pytest.fixture(autouse=True)
+def task_identity() -> None:
+    """Flower stamps every message with it; in a real run the process that starts an app sets it."""
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+
+
+@pytest.fixture(autouse=True, scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache for all tests, so that nothing is built twice and nothing of the user's is touched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,0 +1,147 @@
+"""Arithmetic on adapters against slow, obvious float64 references."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from fedgen_app.federation.aggregation import change_norm, mean_of_factors, shrink
+from fedgen_app.federation.method import GlobalState, Lora, Round, Update, weighted_mean
+from fedgen_app.learning.adapters import Adapter, digest
+from fedgen_app.settings import AdmissionSettings
+
+RANK, ALPHA = 3, 7.5
+SCALING = ALPHA / RANK
+LAYERS = {"q_proj": (6, 5), "v_proj": (4, 5)}
+CONV = "conv_in"
+
+
+def adapter(seed: int, scale: float = 1.0) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (out, into) in LAYERS.items():
+        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, into, generator=generator) * scale
+        tensors[f"{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * scale
+    tensors[f"{CONV}.lora_A.weight"] = torch.randn(RANK, 2, 3, 3, generator=generator) * scale
+    tensors[f"{CONV}.lora_B.weight"] = torch.randn(4, RANK, 1, 1, generator=generator) * scale
+    return tensors
+
+
+def dense(tensors: Adapter, name: str) -> np.ndarray:
+    """s B A of one layer, formed in full."""
+    a = tensors[f"{name}.lora_A.weight"].double().numpy().reshape(RANK, -1)
+    b = tensors[f"{name}.lora_B.weight"].double().numpy().reshape(-1, RANK)
+    return SCALING * b @ a
+
+
+def dense_norm(new: Adapter, old: Adapter) -> float:
+    return math.sqrt(sum(((dense(new, n) - dense(old, n)) ** 2).sum() for n in (*LAYERS, CONV)))
+
+
+def test_the_mean_weights_every_factor_by_its_clients_examples() -> None:
+    adapters, weights = [adapter(i) for i in range(4)], [3, 500, 1, 41]
+    mean = mean_of_factors(adapters, weights)
+    assert list(mean) == sorted(adapters[0])
+    for key, tensor in mean.items():
+        oracle = np.average([a[key].double().numpy() for a in adapters], axis=0, weights=weights)
+        assert tensor.dtype == torch.float32
+        np.testing.assert_array_equal(tensor.numpy(), oracle.astype(np.float32))
+
+
+def test_the_mean_of_one_is_that_one() -> None:
+    assert digest(mean_of_factors([adapter(1)], [17])) == digest(adapter(1))
+
+
+def test_the_mean_adds_in_float64() -> None:
+    # In float32 the 1 is lost beside 2**25, and the mean of the four would be 0.
+    values = [2.0**25, 1.0, -(2.0**25), 0.0]
+    mean = mean_of_factors([{"x": torch.tensor([v])} for v in values], [1, 1, 1, 1])
+    assert mean["x"].item() == 0.25
+
+
+def test_the_mean_leaves_its_arguments_alone() -> None:
+    adapters = [adapter(1), adapter(2)]
+    before = [digest(a) for a in adapters]
+    mean_of_factors(adapters, [1, 2])
+    assert [digest(a) for a in adapters] == before
+
+
+@pytest.mark.parametrize(
+    ("adapters", "weights"),
+    [
+        ([], []),
+        ([adapter(1)], [1, 2]),
+        ([adapter(1)], [0]),
+        ([adapter(1)], [math.nan]),
+        ([adapter(1), {"x": torch.zeros(1)}], [1, 1]),
+    ],
+)
+def test_what_has_no_mean_is_refused(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+    with pytest.raises(ValueError, match="mean|differ"):
+        mean_of_factors(adapters, weights)
+
+
+def test_replies_in_any_order_give_the_same_bits_once_they_stand_in_client_order() -> None:
+    updates = [Update(client, adapter(client), RANK, 10.0 ** (client - 1)) for client in range(4)]
+    round_ = Round(1, Lora(RANK, ALPHA, SCALING), 0)
+    start = GlobalState(adapter(9))
+    results = {
+        digest(weighted_mean(start, sorted(order, key=lambda u: u.client), round_).adapter)
+        for order in itertools.permutations(updates)
+    }
+    assert len(results) == 1
+
+
+def test_the_rule_keeps_what_nobody_shared() -> None:
+    start = GlobalState(adapter(9), {"r": torch.ones(1)}, {"e": torch.ones(2)})
+    only = "q_proj.lora_B.weight"
+    updates = [Update(i, {only: adapter(i)[only]}, RANK, i + 1.0) for i in range(2)]
+    after = weighted_mean(start, updates, Round(1, Lora(RANK, ALPHA, SCALING), 0))
+    assert after.residual is start.residual and after.extra is start.extra
+    torch.testing.assert_close(after.adapter[only], (adapter(0)[only] + 2 * adapter(1)[only]) / 3)
+    for key in set(start.adapter) - {only}:
+        assert torch.equal(after.adapter[key], start.adapter[key])
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e6])
+def test_change_norm_is_that_of_the_dense_products(scale: float) -> None:
+    old, new = adapter(1), adapter(2, scale)
+    assert change_norm(new, old, SCALING) == pytest.approx(dense_norm(new, old), rel=1e-9)
+
+
+def test_change_norm_sees_the_product_and_not_the_factors() -> None:
+    old = adapter(1)
+    # B / 4 and 4 A: other factors, the same product.
+    turned = {key: tensor * (4.0 if ".lora_A." in key else 0.25) for key, tensor in old.items()}
+    assert change_norm(turned, old, SCALING) == pytest.approx(0, abs=1e-6)
+    zero = {key: tensor * (".lora_A." in key) for key, tensor in old.items()}
+    assert change_norm(zero, zero | {}, SCALING) == 0
+
+
+@pytest.mark.parametrize("share", [0.9, 0.3, 1e-3])
+def test_shrink_stays_on_the_line_and_reaches_the_limit(share: float) -> None:
+    old, new = adapter(1), adapter(2, 30.0)
+    limit = share * dense_norm(new, old)
+    got = shrink(new, old, SCALING, limit)
+    assert dense_norm(got, old) == pytest.approx(limit, rel=1e-3)
+    assert change_norm(got, old, SCALING) <= limit
+    key = "q_proj.lora_A.weight"
+    t = ((got[key] - old[key]) / (new[key] - old[key])).median().item()
+    assert 0 < t < 1
+    for key, tensor in got.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, old[key] + t * (new[key] - old[key]), rtol=1e-4, atol=1e-4)
+
+
+def test_shrink_of_what_cannot_move_is_the_old_one() -> None:
+    old, new = adapter(1), adapter(2)
+    assert digest(shrink(new, old, SCALING, 0.0)) == digest(old)
+
+
+def test_zero_switches_the_limits_off() -> None:
+    assert AdmissionSettings.model_validate({"max-update-norm": 0, "norm-action": "clip", "max-weight": 0})
