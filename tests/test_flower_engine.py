@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgen_app.engines import flower
+from fedgen_app.engines import flower, keeper
 from fedgen_app.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +132,7 @@ class Tree:
         return {process.name() for process in self.alive()}
 
     def alive(self) -> list[psutil.Process]:
-        return [process for process in self.seen if flower.is_alive(process)]
+        return [process for process in self.seen if keeper.is_alive(process)]
 
 
 def read(path: Path) -> Any:
@@ -271,10 +273,10 @@ def test_a_dead_superlink_ends_the_simulation(app: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_refused_app_on_the_second_port(app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (app / "pyproject.toml").write_text(PYPROJECT.replace('publisher = "tester"', ""))
-    free_port, tree = flower._free_port, Tree(os.getpid())
+    free_port, tree = keeper.free_port, Tree(os.getpid())
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ports = iter([taken.getsockname()[1]])
-        monkeypatch.setattr(flower, "_free_port", lambda: next(ports, None) or free_port())
+        monkeypatch.setattr(keeper, "free_port", lambda: next(ports, None) or free_port())
         with pytest.raises(RunError, match="(?s)Flower refused the app in .*publisher"):
             flower.simulate(app, {}, clients=1, log_file=tmp_path / "flower.log", tick=tree.look)
     assert "already in use" in (tmp_path / "flower.log").read_text()
@@ -284,16 +286,16 @@ def test_refused_app_on_the_second_port(app: Path, tmp_path: Path, monkeypatch: 
 @pytest.fixture
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[psutil.Process]:
     """A SuperLink that somebody else runs, known to Flower's config.toml as `fleet`."""
-    port, home = flower._free_port(), Path(flower.tempfile.mkdtemp(prefix="fleet-", dir="/tmp"))
+    port, home = keeper.free_port(), Path(tempfile.mkdtemp(prefix="fleet-", dir="/tmp"))
     (home / "config.toml").write_text(f'[superlink.fleet]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
     monkeypatch.setenv("FLWR_HOME", str(home))
     environment = {
-        **flower._environment(),
-        **flower._SIMULATION,
+        **keeper.own_environment(),
+        **keeper.SIMULATION,
         "FLWR_HOME": str(home),
         "RAY_TMPDIR": str(home),
     }
-    environment[flower.MARKER] = str(home)
+    environment[keeper.MARKER] = str(home)
     command = [
         BIN / "flower-superlink",
         "--insecure",
@@ -306,12 +308,12 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[psutil.Pr
     with (home / "superlink.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
-        wait_for(lambda: not flower._can_bind(port), seconds=60)
+        wait_for(lambda: not keeper.can_bind(port), seconds=60)
         yield psutil.Process(server.pid)
     finally:
-        flower.end_processes(home)
+        keeper.end_processes(home)
         server.wait()
-        flower.shutil.rmtree(home)
+        shutil.rmtree(home)
 
 
 @pytest.mark.slow
@@ -319,6 +321,15 @@ def test_submit_runs_and_stops_and_leaves_the_superlink(
     app: Path, tmp_path: Path, fleet: psutil.Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, log = tmp_path / "report.json", tmp_path / "flower.log"
+    # A simulating SuperLink has two nodes where the submission says nothing of them.
+    (app / "server.py").write_text(SERVER.replace("< 4", "< 2"))
+    sent = config(tmp_path, "run")
+    assert flower.submit(app, sent, superlink="fleet", log_file=log) == "finished:completed"
+    told = read(report)
+    assert [told["config"], *(client["config"] for client in told["clients"])] == [sent] * 3
+    assert "a client speaks" in log.read_text()
+    report.unlink()
+
     sent = config(tmp_path, "raise")
     assert flower.submit(app, sent, superlink="fleet", log_file=log) == "finished:failed"
     assert "the app says no" in log.read_text()
@@ -334,7 +345,7 @@ def test_submit_runs_and_stops_and_leaves_the_superlink(
         [BIN / "flwr", "list", "fleet", "--format", "json"], capture_output=True, text=True, check=True
     )
     statuses = [run["status"] for run in json.loads(listed.stdout)["runs"]]
-    assert sorted(statuses) == ["finished:failed", "finished:stopped"]
+    assert sorted(statuses) == ["finished:completed", "finished:failed", "finished:stopped"]
     assert fleet.is_running() and fleet.status() != psutil.STATUS_ZOMBIE
 
 
