@@ -120,8 +120,6 @@ class Roster:
             self._settle(client, claims[client], nodes)
         return self.simulated
 
-    _simulated: int = 0
-
     def _read(self, node: int, message: Message) -> Member:
         if message.has_error():
             reason = "policy" if message.error.code == PolicyError.code else "error"
