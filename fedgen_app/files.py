@@ -49,8 +49,14 @@ def folder_atomic(folder: Path) -> Iterator[Path]:
         building.chmod(0o755)
         if folder.exists():
             retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-            os.replace(folder, retired / folder.name)
-            os.replace(building, folder)
+            try:
+                os.replace(folder, retired / folder.name)
+                os.replace(building, folder)
+            except BaseException:
+                if not folder.exists():
+                    os.replace(retired / folder.name, folder)
+                retired.rmdir()
+                raise
             shutil.rmtree(retired)
         else:
             os.replace(building, folder)

@@ -243,6 +243,8 @@ def _unknown_plugins(run_config: RunConfig) -> Iterator[str]:
 
 def looks_like_path(value: str) -> bool:
     """Whether a backbone or data set is meant as a path, not as a hub id."""
+    if value == "bundled":  # also where a folder has this name: ./bundled is that one
+        return False
     return value.startswith((".", "/", "~")) or "\\" in value or Path(value).exists()
 
 

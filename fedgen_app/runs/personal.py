@@ -40,7 +40,10 @@ class PersonalStore:
         return load_adapter(self._file(earlier[-1]), layout) if earlier else None
 
     def save(self, number: int, adapter: Mapping[str, Tensor]) -> None:
-        """Keep the state after a round; a crash leaves the old file or the new one."""
+        """Keep the state after a round, which ends later ones; a crash leaves the old file or the new one."""
         save_adapter(adapter, self._file(number), {"round": str(number)})
-        for old in self._numbers()[: -self.keep]:
-            self._file(old).unlink(missing_ok=True)
+        numbers = self._numbers()
+        # Later ones are of rounds that the run went back behind: nobody may start from them again.
+        abandoned, done = [n for n in numbers if n > number], [n for n in numbers if n <= number]
+        for other in abandoned + done[: -self.keep]:
+            self._file(other).unlink(missing_ok=True)
