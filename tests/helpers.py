@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import io
 import json
 import random
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import Message
 
+from fedgen_app import cli
 from fedgen_app.engines import in_process
 from fedgen_app.engines.in_process import InProcessGrid
 from fedgen_app.settings import Settings, Value, defaults
@@ -198,3 +204,39 @@ def weighted_mean(
             added = added + weights[c] * states[c][key].to(torch.float64)
         mean[key] = (added / total).to(torch.float32)
     return mean
+
+
+FEDGEN = Path(sys.executable).parent / "fedgen"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left: its exit status and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+def command(*arguments: str | Path) -> Ended:
+    """``fedgen ARGUMENTS`` in this process."""
+    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, signal.getsignal(signal.SIGTERM))
+    sys.argv = ["fedgen", *map(str, arguments)]
+    status: object = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+    except SystemExit as end:
+        status = end.code
+    finally:
+        sys.argv = before[0]
+        signal.signal(signal.SIGTERM, before[1])
+    assert status is None or isinstance(status, int), status
+    return Ended(status or 0, out.getvalue(), err.getvalue())
+
+
+def run_arguments(output: Path, clients: int = 3, **overrides: Value) -> list[str]:
+    """``run`` of the tiny model in one process, with every setting that differs from the default."""
+    config, standard = tiny_config(output, **overrides), defaults(ROOT)
+    changed = [f"--set={k}={v}" for k, v in config.items() if v != standard[k] and k != "output-dir"]
+    return ["run", str(ROOT), "--engine", "in-process", "--clients", str(clients), "--output", str(output), *changed]

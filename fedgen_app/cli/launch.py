@@ -221,5 +221,6 @@ def show_results(folder: Path, console: Console) -> None:
             f"uplink per client and round: {report.size(uplink)}; the full model would be "
             f"{report.size(final['full_model_bytes'])} ({final['uplink_reduction']:.2%} less)",
             highlight=False,
+            soft_wrap=True,
         )
     console.print(f"adapter: {folder / 'global'}", highlight=False, soft_wrap=True)
