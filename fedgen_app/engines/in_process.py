@@ -76,7 +76,8 @@ class InProcessGrid(Grid):
         """Keep the messages until their replies are asked for."""
         identifiers = []
         for message in messages:
-            identifier = f"message-{next(self._numbers)}"
+            # As long as Flower's own, a SHA-256: replies name it, and their size must not depend on a counter.
+            identifier = f"{next(self._numbers):064x}"
             message.metadata.__dict__["_message_id"] = identifier
             if message.metadata.dst_node_id in self.contexts:
                 self._pending[identifier] = message
