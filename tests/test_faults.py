@@ -297,7 +297,7 @@ FOREIGN = "sha256:" + "0" * 64
 )
 def test_the_roll_call_leaves_out(facts: dict[str, Any], reason: str, left: list[int], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    config = tiny_config(folder, personal__epochs=0, samples__count=0)
+    config = tiny_config(folder, round__roll_call=5.0, personal__epochs=0, samples__count=0)
     grid = RollCallGrid(config, 3, facts)
     found = federate(config, 3, grid)
     assert found["status"] == "completed"
