@@ -12,7 +12,7 @@ from fedgen_app.federation.strategy import FedLora
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import load_task, open_backbone
 from fedgen_app.runs.session import Session
-from fedgen_app.settings import Settings, check_paths
+from fedgen_app.settings import check
 
 app = ServerApp()
 
@@ -20,8 +20,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation from the last checkpoint, or from the start, to the exported adapters."""
-    settings = Settings.from_run_config(context.run_config)
-    check_paths(settings)
+    settings = check(context.run_config)
     with Session.open(settings) as run:
         if run.completed:
             return

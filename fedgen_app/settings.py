@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from fedgen_app.errors import SettingsError
 
@@ -52,6 +53,15 @@ class Group(BaseModel):
         allow_inf_nan=False,
         alias_generator=lambda name: name.replace("_", "-"),
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """In Python True is 1: without this, ``lora.rank = true`` would be a rank of 1."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and wanted in (int, float):
+            raise PydanticCustomError("number", "should be a number")
+        return value
 
 
 class LoraSettings(Group):
@@ -261,31 +271,38 @@ def absolute(run_config: RunConfig) -> dict[str, Value]:
     return result
 
 
-def check_paths(settings: Settings) -> None:
-    """Check that what the settings point at on this machine is there.
+def _wrong_paths(run_config: RunConfig) -> Iterator[str]:
+    """What the run config points at on this machine and is not there."""
+    for key in ("backbone", "dataset", "lora.init"):
+        value = run_config.get(key, "")
+        if not isinstance(value, str) or value in ("", "bundled"):
+            continue
+        folder = Path(value).expanduser()
+        if key == "lora.init" and folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
+            yield f"lora.init = {value!r}: no adapter_model.safetensors in it"
+        elif (key == "lora.init" or looks_like_path(value)) and not folder.exists():
+            yield f"{key} = {value!r}: no such file or folder"
+        elif not looks_like_path(value) and not HUB_ID.fullmatch(value):
+            yield f"{key} = {value!r}: neither a path nor a hub id such as owner/name"
+    resumed = run_config.get("resume-from", "")
+    if isinstance(resumed, str) and resumed and not Path(resumed).is_dir():
+        yield f"resume-from = {resumed!r}: no such run folder"
+
+
+def check(run_config: RunConfig) -> Settings:
+    """The settings, after everything about them was checked, what they point at on this machine too.
 
     Raises:
-        SettingsError: names every path that is not, or a value that is neither a path nor a hub id.
+        SettingsError: names every mistake at once.
     """
-    mistakes = []
-    for key, value in (
-        ("backbone", settings.backbone),
-        ("dataset", settings.dataset),
-        ("lora.init", settings.lora.init),
-    ):
-        if value in ("", "bundled"):
-            continue
-        if looks_like_path(value):
-            if not Path(value).expanduser().exists():
-                mistakes.append(f"{key} = {value!r}: no such file or folder")
-        elif not HUB_ID.fullmatch(value):
-            mistakes.append(f"{key} = {value!r}: neither a path nor a hub id such as owner/name")
-    if settings.lora.init and not (Path(settings.lora.init) / "adapter_model.safetensors").is_file():
-        mistakes.append(f"lora.init = {settings.lora.init!r}: no adapter_model.safetensors in it")
-    if settings.resume_from and not Path(settings.resume_from).is_dir():
-        mistakes.append(f"resume-from = {settings.resume_from!r}: no such run folder")
+    mistakes = list(_wrong_paths(run_config))
+    try:
+        settings = Settings.from_run_config(run_config)
+    except SettingsError as error:
+        raise SettingsError("\n".join([str(error), *mistakes])) from None
     if mistakes:
         raise SettingsError("\n".join(mistakes))
+    return settings
 
 
 def flatten_toml(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:

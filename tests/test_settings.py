@@ -12,7 +12,7 @@ import pytest
 
 from fedgen_app import settings as module
 from fedgen_app.errors import SettingsError
-from fedgen_app.settings import KEYS, Settings, Value, absolute, check_paths, defaults, flatten_toml, read_toml
+from fedgen_app.settings import KEYS, Settings, Value, absolute, check, defaults, flatten_toml, read_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = defaults(ROOT)
@@ -93,7 +93,7 @@ def test_the_defaults_are_valid_and_are_all_there() -> None:
     settings = Settings.from_run_config(DEFAULTS)
     assert set(DEFAULTS) == KEYS
     assert (settings.lora.rank, settings.round.quorum, settings.task) == (8, 1.0, "language")
-    check_paths(settings)
+    check(settings.flat())
 
 
 def test_every_setting_has_a_wrong_value_below() -> None:
@@ -199,7 +199,7 @@ def test_absolute_turns_paths_and_leaves_names(tmp_path: Path, monkeypatch: pyte
     assert absolute(DEFAULTS) == DEFAULTS
 
 
-def test_check_paths_names_every_path_that_is_not_there(tmp_path: Path) -> None:
+def test_check_names_every_path_that_is_not_there(tmp_path: Path) -> None:
     changes: dict[str, Value] = {
         "backbone": "./nowhere",
         "dataset": "not a hub id",
@@ -207,7 +207,7 @@ def test_check_paths_names_every_path_that_is_not_there(tmp_path: Path) -> None:
         "resume-from": str(tmp_path / "gone"),
     }
     with pytest.raises(SettingsError) as caught:
-        check_paths(Settings.from_run_config(DEFAULTS | changes))
+        check(DEFAULTS | changes)
     lines = str(caught.value).splitlines()
     assert [line.split(" = ")[0] for line in lines] == ["backbone", "dataset", "lora.init", "resume-from"]
     for value, line in zip(changes.values(), lines, strict=True):
@@ -215,14 +215,14 @@ def test_check_paths_names_every_path_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["owner/name", "gpt2", "owner/name:sub", "owner/name@main"])
-def test_check_paths_takes_hub_ids(value: str) -> None:
-    check_paths(Settings.from_run_config(DEFAULTS | {"dataset": value, "backbone": value}))
+def test_check_takes_hub_ids(value: str) -> None:
+    check(DEFAULTS | {"dataset": value, "backbone": value})
 
 
-def test_check_paths_takes_what_is_there(tmp_path: Path) -> None:
+def test_check_takes_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").touch()
     changes: dict[str, Value] = dict.fromkeys(("backbone", "dataset", "lora.init", "resume-from"), str(tmp_path))
-    check_paths(Settings.from_run_config(DEFAULTS | changes))
+    check(DEFAULTS | changes)
 
 
 def test_toml_values_that_a_run_config_cannot_hold_are_refused() -> None:
@@ -252,3 +252,13 @@ def test_importing_the_settings_imports_neither_torch_nor_flower() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
     assert Path(module.__file__).parent == ROOT / "fedgen_app"
+
+
+def test_true_is_no_number() -> None:
+    with pytest.raises(SettingsError, match=r"lora.rank = True: should be a number"):
+        Settings.from_run_config(DEFAULTS | {"lora.rank": True})
+
+
+def test_wrong_values_and_wrong_paths_are_told_together(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"(?s)lora.rank = 0.*dataset = .*no such file"):
+        check(DEFAULTS | {"lora.rank": 0, "dataset": str(tmp_path / "nothing")})

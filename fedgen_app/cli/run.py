@@ -11,7 +11,7 @@ import typer
 from fedgen_app.cli import presets
 from fedgen_app.cli.launch import Engine, Launch, execute, find_app
 from fedgen_app.errors import SettingsError
-from fedgen_app.settings import Settings, Value, absolute, check_paths, defaults
+from fedgen_app.settings import Settings, Value, absolute, check, defaults
 
 DEFAULT_CLIENTS = 10
 
@@ -32,8 +32,7 @@ def run(
     config = defaults(found) | (presets.load(preset) if preset else {}) | dict(map(_assignment, set_ or []))
     if output is not None:
         config["output-dir"] = str(output)
-    settings = Settings.from_run_config(absolute(config))
-    check_paths(settings)
+    settings = check(absolute(config))
     if settings.resume_from:
         raise SettingsError(f"resume-from = {settings.resume_from!r}: to go on with a run: fedgen resume RUN_DIR")
     if superlink and clients:

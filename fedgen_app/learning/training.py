@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedgen_app.errors import DataError
+from fedgen_app.errors import AdapterError, DataError
 from fedgen_app.learning.adapters import parameters
 from fedgen_app.learning.task import Batch, Examples
 
@@ -93,6 +93,7 @@ def train(
 
     Raises:
         DataError: there is nothing to train on.
+        AdapterError: nothing is to be trained.
     """
     if len(examples) == 0:
         raise DataError("there is no example to train on")
@@ -101,6 +102,8 @@ def train(
         parameter.requires_grad_(trains(key))
         if parameter.requires_grad:
             learning[key] = parameter
+    if not learning:
+        raise AdapterError("no tensor of the adapter is to be trained")
     device = next(iter(learning.values())).device
     rows = {name: tensor.to(device) for name, tensor in examples.rows.items()}
     pull = [(p, anchor[k].to(device)) for k, p in learning.items()] if plan.proximal and anchor else []

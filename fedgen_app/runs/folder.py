@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class RunFolder:
         except Timeout:
             raise RunError(f"{path}: another run is writing into this folder") from None
         self._events = (path / "events.jsonl").open("a", encoding="utf-8")
+        for abandoned in (path / "checkpoints").glob(".round-*"):  # a run was killed while it saved
+            shutil.rmtree(abandoned)
 
     def close(self) -> None:
         """Let another process write here."""
@@ -75,8 +78,11 @@ class RunFolder:
     def event(self, kind: str, **fields: object) -> None:
         """Append one line to events.jsonl; the command line shows progress from it."""
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields}, allow_nan=False)
-        self._events.write(line + "\n")
-        self._events.flush()
+        try:
+            self._events.write(line + "\n")
+            self._events.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self.path / 'events.jsonl'}: {error.strerror}") from error
 
     def write_settings(self, flat: Mapping[str, Value]) -> None:
         """settings.json: every setting, so that `fedgen resume` needs nothing else."""
@@ -133,14 +139,14 @@ def load_checkpoint(path: Path, number: int | None = None) -> Checkpoint | None:
     Raises:
         CheckpointError: it is damaged or missing; names the one before it, which the user may ask for.
     """
-    numbers = checkpoint_numbers(path)
+    # A folder without state.json was being deleted when the run ended: it never was the newest good one.
+    checkpoints = path / "checkpoints"
+    numbers = [n for n in checkpoint_numbers(path) if (checkpoints / f"round-{n:04d}" / "state.json").exists()]
     if number is None:
-        # A folder without state.json was being deleted when the run ended: it never was the newest good one.
-        numbers = [n for n in numbers if (path / "checkpoints" / f"round-{n:04d}" / "state.json").exists()]
         if not numbers:
             return None
         number = numbers[-1]
-    folder = path / "checkpoints" / f"round-{number:04d}"
+    folder = checkpoints / f"round-{number:04d}"
     try:
         return _read_checkpoint(folder, number)
     except (AdapterError, CheckpointError) as error:

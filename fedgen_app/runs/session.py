@@ -12,7 +12,7 @@ from typing import Any
 
 from flwr.common.logger import log
 
-from fedgen_app.errors import CheckpointError, SettingsError
+from fedgen_app.errors import CheckpointError, RunError, SettingsError
 from fedgen_app.federation.client import run_folder
 from fedgen_app.federation.method import GlobalState
 from fedgen_app.federation.roster import Roster, in_order
@@ -86,10 +86,11 @@ class Session:
                 raise
 
     def _close(self, status: str, reason: str) -> None:
-        self.event("end", status=status, reason=reason)
-        if self.results:
-            self.results |= {"status": status, "reason": reason}
-            self.folder.write_results(self.results)
+        with contextlib.suppress(RunError, OSError):  # a full disk: the error that ended the run is the one to show
+            self.event("end", status=status, reason=reason)
+            if self.results:
+                self.results |= {"status": status, "reason": reason}
+                self.folder.write_results(self.results)
 
     def event(self, kind: str, **fields: object) -> None:
         """Append to events.jsonl, and say it where a person reads along."""
