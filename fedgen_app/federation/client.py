@@ -19,8 +19,8 @@ from fedgen_app.federation.method import ClientId, Lora, Method, Round
 from fedgen_app.federation.roster import parse_client
 from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import Adapter
-from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.task import Share
+from fedgen_app.learning.backbone import Backbone, load_task, open_backbone
+from fedgen_app.learning.task import LocalData, Share, Task
 from fedgen_app.learning.training import Plan, round_factor
 from fedgen_app.runs.personal import PersonalStore
 from fedgen_app.seeds import derive
@@ -134,17 +134,41 @@ class Assignment:
         )
 
 
-def store_of(participant: Participant, assignment: Assignment) -> PersonalStore:
-    """Where this client's adapters of this run are kept."""
-    return PersonalStore(participant.folder(assignment.run_name), participant.settings.keep_checkpoints + 1)
+@dataclass(frozen=True)
+class Work:
+    """All that a client needs to carry out an instruction.
 
+    Attributes:
+        start: The adapter to start from: what was received, over the client's own private tensors, over the seeded
+            start.
+    """
 
-def starting_adapter(
-    backbone: Backbone, method: Method, assignment: Assignment, own: Adapter | None, seed: int
-) -> Adapter:
-    """What a client starts from: what it received, over its own private tensors, over the seeded start."""
-    private = {k: v for k, v in (own or {}).items() if not method.shares(k, assignment.round)}
-    return adapters.fresh(backbone.layout, seed) | private | assignment.received
+    me: Participant
+    order: Assignment
+    task: Task
+    method: Method
+    backbone: Backbone
+    data: LocalData
+    store: PersonalStore
+    start: Adapter
+
+    @classmethod
+    def begin(cls, message: Message, context: Context) -> Work:
+        """Read the instruction, load what it needs.
+
+        Raises:
+            FedgenError: something of it is not to be had.
+        """
+        me = Participant.from_context(context)
+        settings, order = me.settings, Assignment.from_message(message, me.settings)
+        task, method = load_task(settings.task), load_method(settings.method)
+        backbone = open_backbone(settings, me.backbone)
+        data = task.load_data(settings, backbone, me.share)
+        store = PersonalStore(me.folder(order.run_name), settings.keep_checkpoints + 1)
+        own = store.before(order.number, backbone.layout) or {}
+        private = {key: tensor for key, tensor in own.items() if not method.shares(key, order.round)}
+        start = adapters.fresh(backbone.layout, settings.seed) | private | order.received
+        return cls(me, order, task, method, backbone, data, store, start)
 
 
 def round_plan(settings: Settings, number: int, client: ClientId, dtype: torch.dtype) -> Plan:

@@ -75,6 +75,18 @@ def _batches(count: int, plan: Plan, generator: torch.Generator) -> Iterator[lis
             yield list(order[start : start + plan.accumulate])
 
 
+def _choose(model: nn.Module, trains: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    """The tensors that learn; the others need no gradient."""
+    learning = {}
+    for key, parameter in parameters(model).items():
+        parameter.requires_grad_(trains(key))
+        if parameter.requires_grad:
+            learning[key] = parameter
+    if not learning:
+        raise AdapterError("no tensor of the adapter is to be trained")
+    return learning
+
+
 def train(
     model: nn.Module,
     loss: Loss,
@@ -97,13 +109,7 @@ def train(
     """
     if len(examples) == 0:
         raise DataError("there is no example to train on")
-    learning = {}
-    for key, parameter in parameters(model).items():
-        parameter.requires_grad_(trains(key))
-        if parameter.requires_grad:
-            learning[key] = parameter
-    if not learning:
-        raise AdapterError("no tensor of the adapter is to be trained")
+    learning = _choose(model, trains)
     device = next(iter(learning.values())).device
     rows = {name: tensor.to(device) for name, tensor in examples.rows.items()}
     pull = [(p, anchor[k].to(device)) for k, p in learning.items()] if plan.proximal and anchor else []
@@ -126,14 +132,19 @@ def train(
             torch.autograd.backward(scaler.scale(plan.proximal / 2 * penalty))
         if plan.decay:
             optimiser.param_groups[0]["lr"] = plan.learning_rate * (1 - step / steps)
-        scaler.unscale_(optimiser)
-        if plan.clip_norm:
-            torch.nn.utils.clip_grad_norm_(learning.values(), plan.clip_norm)
-        scaler.step(optimiser)
-        scaler.update()
-        optimiser.zero_grad(set_to_none=True)
+        _update(optimiser, scaler, plan.clip_norm)
         step, seen = step + 1, seen + size
         on_step(step, steps)
         if step == steps:
             break
     return Trained(float(total) / seen, step, seen)
+
+
+def _update(optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float) -> None:
+    """One optimiser step on the gradients as they are, clipped; then no gradients."""
+    scaler.unscale_(optimiser)
+    if clip_norm:
+        torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], clip_norm)
+    scaler.step(optimiser)
+    scaler.update()
+    optimiser.zero_grad(set_to_none=True)
