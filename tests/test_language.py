@@ -15,12 +15,14 @@ from helpers import make_llama, sentences, tiny_model, tiny_settings, write_toke
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedgen_app.data.local import Corpus
 from fedgen_app.errors import BackboneError, DataError
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.learning.task import Examples, Share
-from fedgen_app.tasks import language
-from fedgen_app.tasks.language import IGNORED, TASK, pack, start_token
+from fedgen_app.tasks import _text, language
+from fedgen_app.tasks._text import IGNORED, pack, start_token
+from fedgen_app.tasks.language import TASK
 
 
 @pytest.fixture
@@ -79,8 +81,8 @@ def slow_nats(backbone: Backbone, rows: list[list[int]]) -> float:
 def test_evaluate_is_the_sum_of_log_probabilities(backbone: Backbone) -> None:
     text = "the captain and the crew\nset sail over the cold sea\n at night \n"
     tokens = backbone.processor(text, add_special_tokens=False)["input_ids"]
-    corpus = language.Corpus("ptb", (text,), None, running=True, skipped=0)
-    packed = pack(language._tokenise(corpus, backbone.processor), [0], 8, start_token(backbone.processor))
+    corpus = Corpus("ptb", (text,), None, running=True, skipped=0)
+    packed = pack(_text.tokenise(corpus, backbone.processor), [0], 8, start_token(backbone.processor))
     rows = [tokens[i : i + 8] for i in range(0, len(tokens), 8)]
     assert len(tokens) % 8, "the last row should be padded"
     nats = slow_nats(backbone, rows)
@@ -94,8 +96,8 @@ def test_evaluate_is_the_sum_of_log_probabilities(backbone: Backbone) -> None:
 
 
 def test_evaluate_does_not_depend_on_how_rows_are_batched(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = language.Corpus("any", tuple(sentences("sea", 9, 3)), None, running=False, skipped=0)
-    packed = pack(language._tokenise(corpus, backbone.processor), range(9), 16, start_token(backbone.processor))
+    corpus = Corpus("any", tuple(sentences("sea", 9, 3)), None, running=False, skipped=0)
+    packed = pack(_text.tokenise(corpus, backbone.processor), range(9), 16, start_token(backbone.processor))
     whole = TASK.evaluate(backbone, packed, 0)
     monkeypatch.setattr(language, "EVALUATED_TOKENS", 32)
     assert len(packed) > 4
@@ -114,8 +116,8 @@ def test_loss_is_the_mean_over_targets_alone(backbone: Backbone) -> None:
 def test_words_and_bytes_by_the_convention_of_penn_treebank(backbone: Backbone) -> None:
     text = " no it was n't <unk> \n the N é \n\n"
     for running, words in ((True, 5 + 3 + 3), (False, 5 + 3 + 3 + 1)):  # a record also ends with <eos>
-        corpus = language.Corpus("any", (text,), None, running=running, skipped=0)
-        counted = language._tokenise(corpus, backbone.processor)
+        corpus = Corpus("any", (text,), None, running=running, skipped=0)
+        counted = _text.tokenise(corpus, backbone.processor)
         assert counted["words"].tolist() == [words]
         assert counted["bytes"].tolist() == [len(text.encode())]
     assert counted["tokens"][-1] == backbone.processor.eos_token_id
