@@ -86,7 +86,8 @@ def personalise(message: Message, context: Context) -> Message:
             training.train(model, work.task.loss, work.data.train, plan, anchor=work.start, on_step=on_step)
     measured["personal"] = measure()
     examples = len(work.data.train)
-    export_personal(work.store.folder, work.backbone, adapters.read(model), settings, measured, examples)
+    if settings.personal.epochs:
+        export_personal(work.store.folder, work.backbone, adapters.read(model), settings, measured, examples)
 
     metrics: dict[str, int | float] = {wire.NUM_EXAMPLES: examples}
     metrics |= {f"{state}.{name}": value for state, found in measured.items() for name, value in found.items()}

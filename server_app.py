@@ -8,10 +8,10 @@ from flwr.serverapp import Grid, ServerApp
 from fedgen_app.federation import wire
 from fedgen_app.federation.client import load_method, lora_of
 from fedgen_app.federation.roster import Roster
+from fedgen_app.federation.session import Session
 from fedgen_app.federation.strategy import FedLora
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import load_task, open_backbone
-from fedgen_app.runs.session import Session
 from fedgen_app.settings import check
 
 app = ServerApp()
@@ -26,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
             return
         task, method = load_task(settings.task), load_method(settings.method)
         backbone = open_backbone(settings)
-        test = task.load_test(settings, backbone)
+        test = task.load_test(settings, backbone) if settings.evaluate_every else None
         run.begin(backbone)
 
         def evaluate(number: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -56,5 +56,5 @@ def main(grid: Grid, context: Context) -> None:
         )
         strategy.start(grid, evaluate_fn=evaluate)
         if settings.personal.epochs or test is None:
-            run.keep_personal(strategy.personalise(grid))
+            run.keep_personal(*strategy.personalise(grid))
         run.finish(task, backbone, strategy.state)

@@ -1,7 +1,7 @@
 """Every error that FedGen-Edge raises on purpose, in one readable tree.
 
 ``code`` is what a client puts on the wire instead of the text: the text may name files or prompts and stays on the
-device (see ``fedgen_app.federation.wire.guarded``). ``exit_status`` is what the ``fedgen`` command returns.
+device (see ``fedgen_app.federation.client.guarded``). ``exit_status`` is what the ``fedgen`` command returns.
 """
 
 from __future__ import annotations

@@ -29,6 +29,3 @@ def main() -> None:
     except FedgenError as error:
         print(f"fedgen: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("fedgen: interrupted", file=sys.stderr)
-        sys.exit(130)

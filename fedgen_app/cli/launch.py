@@ -124,6 +124,11 @@ def execute(launch: Launch, folder: Path) -> None:
         _settle(folder, "interrupted", "interrupted")
         print(f"to go on: fedgen resume {folder}", file=sys.stderr)
         raise
+    except FedgenError as error:
+        raise type(error)(_settle(folder, "failed", str(error))) from error
+    except Exception as error:  # whatever breaks the run: its traceback, then the reason as the last line
+        traceback.print_exc()
+        raise RunError(_settle(folder, "failed", f"{type(error).__name__}: {error}")) from error
     finally:
         display.close()
     show_results(folder, console)
@@ -156,7 +161,7 @@ def _with_flower(launch: Launch, folder: Path, display: Display) -> None:
         )
     tick()
     if status != COMPLETED:
-        raise RunError(_settle(folder, "failed", reason or f"the run ended as {status}; see {log_file}"))
+        raise RunError(reason or f"the run ended as {status}; see {log_file}")
 
 
 def _gpus_per_client(launch: Launch) -> float:
@@ -172,19 +177,12 @@ def _in_process(launch: Launch, display: Display) -> None:
     import logging
 
     from fedgen_app.engines import in_process
-    from fedgen_app.runs import session
+    from fedgen_app.federation import session
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     session.listeners.append(display.show)
-    folder = Path(str(launch.run_config["resume-from"] or launch.run_config["output-dir"]))
     try:
         in_process.run(Path(launch.app_dir), launch.run_config, launch.clients)
-    except FedgenError as error:
-        raise type(error)(_settle(folder, "failed", str(error))) from error
-    except Exception as error:  # whatever breaks the run: its traceback, then the reason as the last line
-        traceback.print_exc()
-        reason = _settle(folder, "failed", f"{type(error).__name__}: {error}")
-        raise RunError(reason) from error
     finally:
         session.listeners.remove(display.show)
 

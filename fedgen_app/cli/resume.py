@@ -29,6 +29,8 @@ def resume(
         print("the run is complete")
         show_results(folder, Console())
         return
+    if engine and launch.superlink:
+        raise SettingsError(f"--engine {engine.value}: the run is on the SuperLink {launch.superlink}")
     run_config = launch.run_config | {
         "output-dir": str(folder),
         "resume-from": str(folder),

@@ -37,7 +37,9 @@ class Outcome:
 
     updates: list[Update] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    duplicates: list[ClientId] = field(default_factory=list)
     uplink_bytes: int = 0
+    admitted_bytes: int = 0
 
 
 class FedLora(Strategy):
@@ -204,13 +206,16 @@ class FedLora(Strategy):
             if message is None:
                 self._reject(outcome, number, client, admission.Rejected("timeout"))
                 continue
-            outcome.uplink_bytes += wire.byte_size(message)
+            size = wire.byte_size(message)
+            outcome.uplink_bytes += size
             try:
                 outcome.updates.append(admission.check(message, client, expected))
+                outcome.admitted_bytes += size
             except admission.Rejected as rejection:
                 self._reject(outcome, number, client, rejection)
         for node in sorted(replies.duplicates):
-            self.report("duplicate", round=number, client=self._nodes.get(node))
+            outcome.duplicates.append(self._nodes[node])
+            self.report("duplicate", round=number, client=self._nodes[node])
         outcome.updates = admission.cap_weights(outcome.updates, self.settings.admission.max_weight)
         return outcome
 
@@ -233,7 +238,9 @@ class FedLora(Strategy):
             "rejected": outcome.rejected,
             "train_loss": loss,
             "metrics": None,
+            "duplicates": outcome.duplicates,
             "uplink_bytes": outcome.uplink_bytes,
+            "admitted_bytes": outcome.admitted_bytes,
             "downlink_bytes": self._downlink,
         }
 
@@ -250,11 +257,11 @@ class FedLora(Strategy):
                 "logs say why"
             )
 
-    def personalise(self, grid: Grid) -> list[dict[str, Any]]:
+    def personalise(self, grid: Grid) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Every client that is there fine-tunes the final adapter and measures it; only metrics come back.
 
         Returns:
-            The entries of ``personal`` in results.json, in client order.
+            The entries of ``personal`` in results.json, in client order, and the clients that could not be used.
         """
         number = self.settings.num_server_rounds + 1
         present = self._wait_for_clients(grid, number)
@@ -266,14 +273,13 @@ class FedLora(Strategy):
         names = dict(self._nodes)
         replies = collect(grid, messages, Patience(deadline), self._progress("personalisation"))
         found = {names[node]: message for node, message in replies.messages.items()}
-        entries = []
+        entries, outcome = [], Outcome()
         for client in in_order(names.values()):
             try:
                 entries.append({"client": client, **admission.personal_metrics(found.get(client), number)})
             except admission.Rejected as rejection:
-                detail = str(rejection)
-                self.report("rejected", round=number, client=client, reason=rejection.reason, detail=detail)
-        return entries
+                self._reject(outcome, number, client, rejection)
+        return entries, outcome.rejected
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

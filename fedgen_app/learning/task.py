@@ -69,7 +69,6 @@ class Task:
     """A task as a frozen value of functions; ``tasks/<name>.py`` ends in ``TASK = Task(...)``.
 
     Attributes:
-        data: The bundled data and backbone's names under ``fedgen_assets``: (data, backbone).
         lora_targets: Names of the layers that carry the adapter where the settings name none.
         load_backbone: Reads the frozen model from a folder.
         load_data: What one client owns, as rows of tensors.
@@ -77,8 +76,10 @@ class Task:
         split: Who owns which documents in a simulation of so many clients.
         loss: Mean loss of a batch, to be differentiated.
         evaluate: Metrics of the model as it is now; the seed fixes whatever noise they need.
-        sample: Generates from the model as it is now.
+        sample: Generates from the model as it is now: (backbone, prompts, seed, length).
+        prompts: What to generate from where the user names nothing.
         save_samples: Writes named lists of samples into a folder.
+        bundled_backbone: The name of the bundled backbone under ``fedgen_assets``.
     """
 
     lora_targets: Callable[[nn.Module], tuple[str, ...]]

@@ -15,13 +15,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedgen_app.errors import AdapterError, CheckpointError, RunError
-from fedgen_app.federation.method import GlobalState
 from fedgen_app.files import folder_atomic, to_json, write_atomic
-from fedgen_app.learning.adapters import digest, load_adapter, save_adapter
+from fedgen_app.learning.adapters import Adapter, digest, load_adapter, save_adapter
 from fedgen_app.settings import Value
 
 CHECKPOINT = re.compile(r"round-(\d{4,})")
-PARTS = ("adapter", "residual", "extra")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -41,10 +39,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after a round and all that is needed to go on from it."""
+    """The state after a round, in named parts, and all that is needed to go on from it."""
 
     number: int
-    state: GlobalState
+    parts: dict[str, Adapter]
     facts: dict[str, Any]
 
 
@@ -92,7 +90,7 @@ class RunFolder:
         """results.json, as the contract describes it."""
         write_atomic(self.path / "results.json", to_json(results))
 
-    def save_checkpoint(self, number: int, state: GlobalState, facts: Mapping[str, Any]) -> None:
+    def save_checkpoint(self, number: int, parts: Mapping[str, Adapter], facts: Mapping[str, Any]) -> None:
         """checkpoints/round-<number>/: whole or not at all; older ones beyond ``keep`` are removed afterwards.
 
         Raises:
@@ -102,8 +100,8 @@ class RunFolder:
         try:
             with folder_atomic(folder) as building:
                 digests = {}
-                for part in PARTS:
-                    if tensors := getattr(state, part):
+                for part, tensors in parts.items():
+                    if tensors:
                         save_adapter(tensors, building / f"{part}.safetensors")
                         digests[part] = digest(tensors)
                 body = {"round": number, "digests": digests, **facts}
@@ -128,7 +126,7 @@ def checkpoint_numbers(path: Path) -> list[int]:
 def remove_checkpoint(path: Path, number: int) -> None:
     """Delete one checkpoint; state.json goes first, so that a half-deleted one is never taken for whole."""
     folder = path / "checkpoints" / f"round-{number:04d}"
-    for name in ("state.json", *(f"{part}.safetensors" for part in PARTS)):
+    for name in ("state.json", *sorted(f.name for f in folder.glob("*.safetensors"))):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()
 
@@ -168,4 +166,4 @@ def _read_checkpoint(folder: Path, number: int) -> Checkpoint:
             raise CheckpointError(f"{file} was altered: its checksum does not match")
     if facts["round"] != number:
         raise CheckpointError(f"{folder} holds round {facts['round']}")
-    return Checkpoint(number, GlobalState(**parts), facts)
+    return Checkpoint(number, parts, facts)

@@ -56,8 +56,8 @@ def final(results: Mapping[str, Any]) -> dict[str, Any]:
     measured = next((r["metrics"] for r in reversed(rounds) if r["metrics"] is not None), None)
     means = {state: weighted(personal, state) for state in ("frozen", "global", "personal")} if personal else None
     source = "server" if measured is not None else "clients"
-    replies = sum(len(r["clients"]) for r in rounds if not r["rejected"])
-    sent = sum(r["uplink_bytes"] for r in rounds if not r["rejected"])
+    replies = sum(len(r["clients"]) for r in rounds)
+    sent = sum(r["admitted_bytes"] for r in rounds)
     uplink = round(sent / replies) if replies else None
     full = results["backbone"]["bytes"]
     return {

@@ -47,8 +47,8 @@ def _tokenizer_mark(tokenizer: Any) -> str:
 def tokenise(corpus: Corpus, tokenizer: Any) -> dict[str, np.ndarray[Any, Any]]:
     """All documents' tokens in one array, where each begins, and their words and bytes.
 
-    A record ends with the end-of-text token, which counts as one word; in running text every line end does (Mikolov's
-    convention for Penn Treebank, where it is written <eos>).
+    Every line end counts as one word (Mikolov's convention for Penn Treebank, where it is written <eos>), and so does
+    the end-of-text token that follows a record.
     """
     end = [] if corpus.running else [tokenizer.eos_token_id]
     encoded = tokenizer(list(corpus.texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]

@@ -54,6 +54,7 @@ class Session:
         self.state = GlobalState({})
         self.history: list[dict[str, Any]] = list(checkpoint.facts["history"]) if checkpoint else []
         self.frozen: Metrics | None = checkpoint.facts["frozen"] if checkpoint else None
+        self.left_out: list[dict[str, Any]] = []
         self.results: dict[str, Any] = {}
 
     @classmethod
@@ -95,6 +96,10 @@ class Session:
     def event(self, kind: str, **fields: object) -> None:
         """Append to events.jsonl, and say it where a person reads along."""
         self.folder.event(kind, **fields)
+        if kind == "left-out":
+            self.left_out.append({key: fields[key] for key in ("client", "node", "reason")})
+        if kind == "round":
+            self.folder.write_results(self.results)
         for listener in listeners:
             listener({"event": kind, **fields})
         if text := report.line({"event": kind, **fields}):
@@ -118,14 +123,14 @@ class Session:
             )
             self.state = GlobalState(start)
         else:
-            self.state = self.checkpoint.state
+            self.state = GlobalState(**self.checkpoint.parts)
             made = self.checkpoint.facts["fingerprint"]
             if made != backbone.fingerprint:
                 raise CheckpointError(f"the run was made with backbone {made}, this one is {backbone.fingerprint}")
         self.results = report.header(
             self.settings.flat(), backbone, sum(t.numel() for t in self.state.adapter.values())
         )
-        self.results |= {"run": self.name, "rounds": self.history, "frozen": self.frozen}
+        self.results |= {"run": self.name, "rounds": self.history, "frozen": self.frozen, "left_out": self.left_out}
         self.folder.write_results(self.results)
 
     def keep_frozen(self, metrics: Metrics) -> None:
@@ -141,13 +146,12 @@ class Session:
             "frozen": self.frozen,
             "history": list(history),
         }
-        self.folder.save_checkpoint(number, state, facts)
+        self.folder.save_checkpoint(number, vars(state), facts)
         self.results["rounds"] = list(history)
-        self.folder.write_results(self.results)
 
-    def keep_personal(self, entries: list[dict[str, Any]]) -> None:
-        """The clients' own metrics."""
-        self.results["personal"] = entries
+    def keep_personal(self, entries: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
+        """The clients' own metrics, and who could not be used."""
+        self.results |= {"personal": entries, "personal_rejected": rejected}
         self.event("personal", clients=len(entries))
 
     def plot_ownership(self, task: Task, roster: Roster) -> None:
