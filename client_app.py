@@ -56,6 +56,7 @@ def train(message: Message, context: Context) -> Message:
             on_step=on_step,
         )
     trained = adapters.read(model)
+    adapters.check_finite(trained, f"training diverged in round {order.number}")
     work.store.save(order.number, trained)
 
     shared = {key: tensor for key, tensor in trained.items() if work.method.shares(key, order.round)}
@@ -87,7 +88,9 @@ def personalise(message: Message, context: Context) -> Message:
     measured["personal"] = measure()
     examples = len(work.data.train)
     if settings.personal.epochs:
-        export_personal(work.store.folder, work.backbone, adapters.read(model), settings, measured, examples)
+        export_personal(
+            work.store.folder, work.backbone, adapters.read(model), work.me.data_name, settings, measured, examples
+        )
 
     metrics: dict[str, int | float] = {wire.NUM_EXAMPLES: examples}
     metrics |= {f"{state}.{name}": value for state, found in measured.items() for name, value in found.items()}

@@ -55,6 +55,6 @@ def main(grid: Grid, context: Context) -> None:
             report=run.event,
         )
         strategy.start(grid, evaluate_fn=evaluate)
-        if settings.personal.epochs or test is None:
+        if settings.personal.epochs or (settings.evaluate_every and test is None):
             run.keep_personal(*strategy.personalise(grid))
         run.finish(task, backbone, strategy.state)

@@ -70,9 +70,10 @@ def plain(config: dict[str, Any], clients: list[int], of: int, threads: int) -> 
             done = 0
             while done < settings.max_steps:
                 for indices in torch.randperm(len(rows["labels"])).split(settings.batch_size):
-                    logits = model(input_ids=rows["input_ids"][indices]).logits
+                    labels = rows["labels"][indices].to(backbone.device)
+                    logits = model(input_ids=rows["input_ids"][indices].to(backbone.device)).logits
                     loss = torch.nn.functional.cross_entropy(
-                        logits.flatten(0, 1).float(), rows["labels"][indices].flatten(), ignore_index=-100
+                        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100
                     )
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)
@@ -84,9 +85,11 @@ def plain(config: dict[str, Any], clients: list[int], of: int, threads: int) -> 
     return {"seconds": time.perf_counter() - began}
 
 
-def child(*arguments: str, threads: int) -> subprocess.Popen[str]:
-    """A fresh process of this file."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+def child(*arguments: str, threads: int | None) -> subprocess.Popen[str]:
+    """A fresh process of this file; without ``threads`` its own libraries decide (Ray gives each actor one)."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"TOKENIZERS_PARALLELISM": "false"}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, __file__, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -122,7 +125,7 @@ def federated(config: dict[str, Any], clients: int, engine: str, folder: Path) -
     return {"seconds": ended - began, "megabytes": peak}
 
 
-def measured(arguments: list[Any], threads: int) -> dict[str, float]:
+def measured(arguments: list[Any], threads: int | None) -> dict[str, float]:
     """``federated`` in a fresh process, so that its peak memory is its own."""
     return result(child("--federated", json.dumps(arguments), threads=threads))
 
@@ -163,7 +166,7 @@ def main() -> None:
             own = measured([config, args.clients, "in-process", f"{scratch}/in-process-{turn}"], cores)
             ratios["in-process"].append(own["seconds"] / alone)
             together = plain_seconds(config, args.clients, cores, 1)
-            ray = measured([config, args.clients, "flower", f"{scratch}/flower-{turn}"], cores)
+            ray = measured([config, args.clients, "flower", f"{scratch}/flower-{turn}"], None)
             ratios["flower"].append(ray["seconds"] / together)
         for clients in MEMORY_CLIENTS:
             light = overrides(args, clients, 1, 1)

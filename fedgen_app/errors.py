@@ -57,6 +57,10 @@ class RunError(FedgenError):
     code = 107
 
 
+class LockedError(RunError):
+    """Another process is writing into the run folder."""
+
+
 def meaning(code: int) -> str:
     """What a client's error code says, in a word or two; Flower's own codes are below 100."""
     words = {kind.code: kind.__name__.removesuffix("Error").lower() for kind in FedgenError.__subclasses__()}

@@ -255,7 +255,25 @@ def looks_like_path(value: str) -> bool:
     """Whether a backbone or data set is meant as a path, not as a hub id."""
     if value == "bundled":  # also where a folder has this name: ./bundled is that one
         return False
-    return value.startswith((".", "/", "~")) or "\\" in value or Path(value).exists()
+    if value.startswith((".", "/", "~")) or "\\" in value:
+        return True
+    try:
+        return Path(value).exists()
+    except OSError:  # longer than a path can be
+        return False
+
+
+def _expanded(value: str) -> Path:
+    """The path with ~ as the home folder; as it is where there is no such user, to be reported as missing."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        return Path(value)
+
+
+def shown_source(value: str) -> str:
+    """A backbone's or data set's name without the folders above it."""
+    return Path(value).name if value != "bundled" and looks_like_path(value) else value
 
 
 def absolute(run_config: RunConfig) -> dict[str, Value]:
@@ -267,7 +285,7 @@ def absolute(run_config: RunConfig) -> dict[str, Value]:
     for key in PATH_KEYS:
         value = result.get(key)
         if isinstance(value, str) and value and (key in ("output-dir", "resume-from") or looks_like_path(value)):
-            result[key] = str(Path(value).expanduser().resolve())
+            result[key] = str(_expanded(value).resolve())
     return result
 
 
@@ -277,7 +295,7 @@ def _wrong_paths(run_config: RunConfig) -> Iterator[str]:
         value = run_config.get(key, "")
         if not isinstance(value, str) or value in ("", "bundled"):
             continue
-        folder = Path(value).expanduser()
+        folder = _expanded(value)
         if key == "lora.init" and folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
             yield f"lora.init = {value!r}: no adapter_model.safetensors in it"
         elif (key == "lora.init" or looks_like_path(value)) and not folder.exists():

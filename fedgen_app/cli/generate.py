@@ -49,7 +49,10 @@ def generate(
     if output is None:
         print(text, end="")
     else:
-        output.write_text(text, encoding="utf-8")
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise SettingsError(f"--output {output}: {error.strerror}") from None
 
 
 def _settings(folder: Path) -> Settings:

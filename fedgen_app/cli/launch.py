@@ -12,11 +12,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
 import fedgen_app
-from fedgen_app.errors import FedgenError, RunError, SettingsError
+from fedgen_app.errors import FedgenError, LockedError, RunError, SettingsError
 from fedgen_app.files import to_json, write_atomic
 from fedgen_app.runs import report
 from fedgen_app.settings import Value, read_toml
@@ -103,6 +104,23 @@ def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _take(folder: Path, launch: Launch) -> None:
+    """Make the run folder and note in it how it was started, unless a run is writing there.
+
+    Raises:
+        SettingsError: the folder cannot be written.
+        LockedError: another process is at it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            write_atomic(folder / "launch.json", to_json(asdict(launch)))
+    except Timeout:
+        raise LockedError(f"{folder}: another run is writing into this folder") from None
+    except OSError as error:
+        raise SettingsError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
 def execute(launch: Launch, folder: Path) -> None:
     """Run to the end, show the table.
 
@@ -111,8 +129,7 @@ def execute(launch: Launch, folder: Path) -> None:
         KeyboardInterrupt: it was interrupted, by Ctrl-C or SIGTERM.
     """
     signal.signal(signal.SIGTERM, _terminated)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "launch.json", to_json(asdict(launch)))
+    _take(folder, launch)
     console = Console()
     display = Display(console, live=launch.engine == Engine.FLOWER or bool(launch.superlink))
     try:
@@ -123,6 +140,8 @@ def execute(launch: Launch, folder: Path) -> None:
     except KeyboardInterrupt:
         _settle(folder, "interrupted", "interrupted")
         print(f"to go on: fedgen resume {folder}", file=sys.stderr)
+        raise
+    except LockedError:
         raise
     except FedgenError as error:
         raise type(error)(_settle(folder, "failed", str(error))) from error

@@ -48,7 +48,13 @@ def _launched(folder: Path) -> Launch:
         if (folder / "launch.json").exists():
             return Launch(**json.loads((folder / "launch.json").read_text(encoding="utf-8")))
         run_config = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        clients = run_config["expected-clients"] or len(list((folder / "clients").iterdir()))
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        clients = results.get("partition", {}).get("clients", 0)
+        if not clients:
+            raise SettingsError(
+                f"{folder}: `flwr run` started it, on devices or before its clients were known; go on with: flwr run . "
+                f"--run-config FILE, with this folder's settings and resume-from = {str(folder)!r} in FILE"
+            )
         return Launch(str(find_app(None)), Engine.FLOWER.value, clients, "", run_config)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SettingsError(f"{folder}: not a run folder, or a damaged one: {error}") from None

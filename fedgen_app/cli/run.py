@@ -35,10 +35,12 @@ def run(
     settings = check(absolute(config))
     if settings.resume_from:
         raise SettingsError(f"resume-from = {settings.resume_from!r}: to go on with a run: fedgen resume RUN_DIR")
+    if superlink and engine is not Engine.FLOWER:
+        raise SettingsError(f"--engine {engine.value}: --superlink {superlink} runs under Flower")
     if superlink and clients:
         raise SettingsError(f"--clients {clients}: --superlink {superlink} has the clients that it has")
     number = 0 if superlink else clients or settings.expected_clients or DEFAULT_CLIENTS
-    folder = Path(settings.output_dir or Path.cwd() / "runs" / _default_name(settings))
+    folder = Path(settings.output_dir) if settings.output_dir else _default_folder(settings)
     if (folder / "launch.json").exists() or (folder / "settings.json").exists():
         raise SettingsError(f"--output {folder}: holds a run already; to go on with it: fedgen resume {folder}")
     run_config = settings.flat() | {"output-dir": str(folder)}
@@ -47,8 +49,19 @@ def run(
     execute(Launch(str(found), engine.value, number, superlink, run_config), folder)
 
 
-def _default_name(settings: Settings) -> str:
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.task}-{settings.method}"
+def _default_folder(settings: Settings) -> Path:
+    """``runs/<time>-<task>-<method>`` in the current folder; a number behind it where that is taken already."""
+    first = Path.cwd() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.task}-{settings.method}"
+    folder, number = first, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = first.with_name(f"{first.name}-{number}")
+        except OSError as error:
+            raise SettingsError(f"{folder}: cannot be made: {error.strerror}") from None
 
 
 def _assignment(text: str) -> tuple[str, Value]:

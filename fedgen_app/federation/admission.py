@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,8 @@ from fedgen_app.settings import AdmissionSettings
 
 # A mean loss per token or pixel beyond this is no measurement: ln(vocabulary) is about 12 for the largest ones.
 ABSURD_LOSS = 1e4
+# Perplexities can be astronomical; beyond this, sums over clients would overflow.
+ABSURD_METRIC = 1e100
 # Largest count of examples that is taken for a count at all; what is plausible is capped by admission.max-weight.
 LARGEST_COUNT = 2**53
 PERSONAL_STATES = ("frozen", "global", "personal")
@@ -73,9 +76,9 @@ def check(message: Message, client: ClientId, expected: Expected) -> Update:
     except KeyError as error:
         raise Rejected("malformed", f"record {error} is of another kind") from None
     if facts.get(wire.ROUND) != expected.number:
-        raise Rejected("stale", f"answers round {facts.get(wire.ROUND)!r} in round {expected.number}")
+        raise Rejected("stale", f"answers round {str(facts.get(wire.ROUND))[:80]} in round {expected.number}")
     if facts.get(wire.LAYOUT) != digest_of(expected.layout):
-        raise Rejected("keys", f"layout {facts.get(wire.LAYOUT)!r}, expected {digest_of(expected.layout)}")
+        raise Rejected("keys", f"layout {str(facts.get(wire.LAYOUT))[:80]}, expected {digest_of(expected.layout)}")
     try:
         adapter = wire.unpack(arrays, expected.layout, expected.codec)
     except wire.WireError as error:
@@ -128,7 +131,7 @@ def cap_weights(updates: Sequence[Update], most: float) -> list[Update]:
     """No weight above ``most`` times the median of the round's weights, so that no one can outvote all; 0: no cap."""
     if not most or not updates:
         return list(updates)
-    limit = most * statistics.median(u.num_examples for u in updates)
+    limit = most * statistics.median_low(u.num_examples for u in updates)
     return [replace(u, num_examples=min(u.num_examples, limit)) for u in updates]
 
 
@@ -156,9 +159,25 @@ def personal_metrics(message: Message | None, number: int) -> dict[str, Any]:
         state, _, metric = name.partition(".")
         if state not in PERSONAL_STATES or not METRIC_NAME.fullmatch(metric):
             raise Rejected("metrics", f"unexpected metric {name[:80]!r}")
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise Rejected("metrics", f"{name} = {value!r}")
+        if not isinstance(value, int | float) or not abs(value) <= ABSURD_METRIC:
+            raise Rejected("metrics", f"{name} = {str(value)[:80]}")
         entry.setdefault(state, {})[metric] = float(value)
     if len({frozenset(entry.get(state, {})) for state in PERSONAL_STATES}) != 1 or "global" not in entry:
         raise Rejected("metrics", "frozen, global and personal do not have the same metrics")
     return entry
+
+
+def comparable(entries: Sequence[dict[str, Any]], most: float) -> tuple[list[dict[str, Any]], list[ClientId]]:
+    """Personal entries that can be averaged: those with the metrics that most clients measured.
+
+    ``examples`` is capped as weights are (``cap_weights``), so that no client owns the mean.
+
+    Returns:
+        The entries, and the clients whose metrics are others.
+    """
+    names = Counter(frozenset(entry["global"]) for entry in entries)
+    usual = max(names, key=lambda n: (names[n], sorted(n)), default=frozenset())
+    same = [entry for entry in entries if frozenset(entry["global"]) == usual]
+    limit = int(most * statistics.median_low(e["examples"] for e in same)) if most and same else LARGEST_COUNT
+    kept = [{**entry, "examples": min(entry["examples"], limit)} for entry in same]
+    return kept, [entry["client"] for entry in entries if frozenset(entry["global"]) != usual]

@@ -24,7 +24,7 @@ from fedgen_app.learning.task import LocalData, Share, Task
 from fedgen_app.learning.training import Plan, round_factor
 from fedgen_app.runs.personal import PersonalStore
 from fedgen_app.seeds import derive
-from fedgen_app.settings import Settings
+from fedgen_app.settings import Settings, shown_source
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,127}")
 UNEXPECTED = 199
@@ -93,6 +93,11 @@ class Participant:
         state = Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser()
         return cls(client, settings, Share(folder=data), 0, str(node.get("backbone", "")), state)
 
+    @property
+    def data_name(self) -> str:
+        """How a model card names the data."""
+        return "the device's own" if self.share.folder else shown_source(self.settings.dataset)
+
     def folder(self, run_name: str) -> Path:
         """Where this client's adapters lie: in the run folder in a simulation, else in the device's own state.
 
@@ -102,7 +107,7 @@ class Participant:
         if not RUN_NAME.fullmatch(run_name):
             raise SettingsError(f"run name {run_name[:80]!r} is not a plain name")
         if self.state is not None:
-            return self.state / run_name
+            return self.state / run_name / str(self.client)
         return run_folder(self.settings, run_name) / "clients" / str(self.client)
 
 
@@ -165,8 +170,9 @@ class Work:
         backbone = open_backbone(settings, me.backbone)
         data = task.load_data(settings, backbone, me.share)
         store = PersonalStore(me.folder(order.run_name), settings.keep_checkpoints + 1)
-        own = store.before(order.number, backbone.layout) or {}
-        private = {key: tensor for key, tensor in own.items() if not method.shares(key, order.round)}
+        kept = [key for key, _ in backbone.layout if not method.shares(key, order.round)]
+        own = (store.before(order.number, backbone.layout) if kept else None) or {}
+        private = {key: own[key] for key in kept if key in own}
         start = adapters.fresh(backbone.layout, settings.seed) | private | order.received
         return cls(me, order, task, method, backbone, data, store, start)
 

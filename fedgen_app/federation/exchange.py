@@ -5,11 +5,13 @@ Flower's own ``send_and_receive`` polls every 3 s and waits for all; a fleet nee
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -18,6 +20,7 @@ from fedgen_app.errors import RunError
 # A message stays valid a little longer than anyone waits for it, and then it is gone from the SuperLink too.
 TTL_MARGIN = 60.0
 POLL_SECONDS = (0.02, 0.5)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,12 @@ class Patience:
 
 @dataclass
 class Replies:
-    """What came back: at most one message per node, the nodes that sent more, and the nodes that sent nothing."""
+    """What came back: at most one message per node; nodes that sent more, nothing, or what cannot be read."""
 
     messages: dict[int, Message] = field(default_factory=dict)
     duplicates: set[int] = field(default_factory=set)
     missing: set[int] = field(default_factory=set)
+    unreadable: set[int] = field(default_factory=set)
 
 
 def collect(
@@ -67,10 +71,14 @@ def collect(
             waiting[identifier] = message.metadata.dst_node_id
     # A little less: 0.55 * 100 is 55.00000000000001.
     needed = max(1, math.ceil(patience.quorum * len(outgoing) - 1e-9))
-    end = time.monotonic() + patience.deadline
+    # A grid that runs the clients itself, one after the other, stops its clock while they work.
+    now = getattr(grid, "clock", time.monotonic)
+    end = now() + patience.deadline
     pause, quorum_reached = POLL_SECONDS[0], False
-    while waiting and time.monotonic() < end:
-        arrived = list(grid.pull_messages(list(waiting)))
+    while waiting and now() < end:
+        arrived, broken = _pull(grid, list(waiting))
+        for identifier in broken:
+            result.unreadable.add(waiting.pop(identifier))
         for message in arrived:
             _take(message, waiting, result)
         if arrived:
@@ -78,11 +86,35 @@ def collect(
             pause = POLL_SECONDS[0]
         good = sum(not m.has_error() for m in result.messages.values())
         if patience.quorum < 1 and good >= needed and not quorum_reached:
-            quorum_reached, end = True, min(end, time.monotonic() + patience.grace)
+            quorum_reached, end = True, min(end, now() + patience.grace)
         if waiting and not arrived:
-            time.sleep(min(pause, max(0.0, end - time.monotonic())))
+            time.sleep(min(pause, max(0.0, end - now())))
             pause = min(pause * 1.5, POLL_SECONDS[1])
     return result
+
+
+def _pull(grid: Grid, identifiers: list[str]) -> tuple[list[Message], list[str]]:
+    """The replies that are there, and the ids of those that Flower cannot put together.
+
+    One hostile reply makes Flower raise for the whole batch, with whatever its bytes provoke; the others are then
+    pulled one by one. A network that is down is no client's fault and goes through.
+    """
+    try:
+        return list(grid.pull_messages(identifiers)), []
+    except httpx.HTTPError:
+        raise
+    except Exception:
+        messages: list[Message] = []
+        broken: list[str] = []
+        for identifier in identifiers:
+            try:
+                messages += grid.pull_messages([identifier])
+            except httpx.HTTPError:
+                raise
+            except Exception as error:
+                log.warning("a reply cannot be read: %s", type(error).__name__)
+                broken.append(identifier)
+        return messages, broken
 
 
 def _take(message: Message, waiting: dict[str, int], result: Replies) -> None:

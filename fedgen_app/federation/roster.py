@@ -65,6 +65,7 @@ class Roster:
     Attributes:
         fingerprint: Of the server's backbone; a node with another one is left out.
         expected: Wait for so many clients; 0: in a simulation for all of them, else for the first.
+        silent: How often each node did not answer the roll call.
         simulated: How many clients the simulation has, as its nodes say; 0: real devices.
     """
 
@@ -75,6 +76,8 @@ class Roster:
     members: dict[ClientId, Member] = field(default_factory=dict)
     left_out: dict[int, str] = field(default_factory=dict)
     simulated: int = 0
+    silent: dict[int, int] = field(default_factory=dict)
+    _calls: int = 0
 
     def call(self, grid: Grid) -> None:
         """Ask all nodes and wait, at most ``deadline`` seconds, until the expected clients are there.
@@ -101,13 +104,18 @@ class Roster:
         """Ask the nodes that are new; returns how many clients a simulation says it has, else 0."""
         nodes = set(grid.get_node_ids())
         known = {m.node for m in self.members.values()} | set(self.left_out)
-        fresh = sorted(nodes - known)
+        self._calls += 1
+        # A node that stays silent is asked ever more rarely, or it would delay every round.
+        fresh = sorted(n for n in nodes - known if self._calls % 2 ** self.silent.get(n, 0) == 0)
         if not fresh:
             return self.simulated
         messages = [
             Message(RecordDict({"config": ConfigRecord({})}), n, ROLL_CALL, ttl=deadline + TTL_MARGIN) for n in fresh
         ]
         replies = collect(grid, messages, Patience(deadline))
+        for node in sorted(replies.missing | replies.unreadable):
+            self.silent[node] = self.silent.get(node, 0) + 1
+            self.report("silent", node=node)
         claims: dict[ClientId, list[Member]] = {}
         for node, message in sorted(replies.messages.items()):
             try:

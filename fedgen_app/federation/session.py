@@ -18,7 +18,7 @@ from fedgen_app.federation.method import GlobalState
 from fedgen_app.federation.roster import Roster, in_order
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.export import card, save_peft
+from fedgen_app.learning.export import card, load_peft, save_peft, span
 from fedgen_app.learning.task import Metrics, Sample, Task
 from fedgen_app.runs import report
 from fedgen_app.runs.folder import (
@@ -29,7 +29,7 @@ from fedgen_app.runs.folder import (
     read_json,
     remove_checkpoint,
 )
-from fedgen_app.settings import Settings
+from fedgen_app.settings import Settings, shown_source
 
 # Called with every event of a run in this process; the command line adds its display here.
 listeners: list[Callable[[Mapping[str, Any]], None]] = []
@@ -55,7 +55,7 @@ class Session:
         self.history: list[dict[str, Any]] = list(checkpoint.facts["history"]) if checkpoint else []
         self.frozen: Metrics | None = checkpoint.facts["frozen"] if checkpoint else None
         self.left_out: list[dict[str, Any]] = []
-        self.results: dict[str, Any] = {}
+        self.results: dict[str, Any] = report.opening(settings.task, settings.method, name)
 
     @classmethod
     @contextlib.contextmanager
@@ -80,6 +80,11 @@ class Session:
                 yield session
                 return
             session = cls(settings, name, folder, _checkpoint(path, settings) if resumed else None)
+            if resumed:
+                _same_run(path, settings)
+            else:
+                folder.write_settings(settings.flat())
+                folder.write_results(session.results)
             try:
                 yield session
             except BaseException as error:
@@ -87,11 +92,10 @@ class Session:
                 raise
 
     def _close(self, status: str, reason: str) -> None:
+        self.results |= {"status": status, "reason": reason}
         with contextlib.suppress(RunError, OSError):  # a full disk: the error that ended the run is the one to show
             self.event("end", status=status, reason=reason)
-            if self.results:
-                self.results |= {"status": status, "reason": reason}
-                self.folder.write_results(self.results)
+            self.folder.write_results(self.results)
 
     def event(self, kind: str, **fields: object) -> None:
         """Append to events.jsonl, and say it where a person reads along."""
@@ -106,7 +110,7 @@ class Session:
             log(INFO, text)
 
     def begin(self, backbone: Backbone) -> None:
-        """Write settings.json and the first results.json; make or restore the state.
+        """Make or restore the state, and say in results.json what the run stands on.
 
         Raises:
             CheckpointError: the run was made with another backbone.
@@ -114,23 +118,16 @@ class Session:
         """
         self._backbone = backbone
         if self.checkpoint is None:
-            self.folder.write_settings(self.settings.flat())
-            init = self.settings.lora.init
-            start = (
-                adapters.load_adapter(Path(init) / "adapter_model.safetensors", backbone.layout)
-                if init
-                else adapters.fresh(backbone.layout, self.settings.seed)
-            )
-            self.state = GlobalState(start)
+            init, seed = self.settings.lora.init, self.settings.seed
+            self.state = GlobalState(load_peft(Path(init), backbone) if init else adapters.fresh(backbone.layout, seed))
         else:
             self.state = GlobalState(**self.checkpoint.parts)
             made = self.checkpoint.facts["fingerprint"]
             if made != backbone.fingerprint:
                 raise CheckpointError(f"the run was made with backbone {made}, this one is {backbone.fingerprint}")
-        self.results = report.header(
-            self.settings.flat(), backbone, sum(t.numel() for t in self.state.adapter.values())
-        )
-        self.results |= {"run": self.name, "rounds": self.history, "frozen": self.frozen, "left_out": self.left_out}
+        size = sum(tensor.numel() for tensor in self.state.adapter.values())
+        self.results |= report.foundation(backbone, self.settings.lora.rank, size)
+        self.results |= {"rounds": self.history, "frozen": self.frozen, "left_out": self.left_out}
         self.folder.write_results(self.results)
 
     def keep_frozen(self, metrics: Metrics) -> None:
@@ -148,6 +145,7 @@ class Session:
         }
         self.folder.save_checkpoint(number, vars(state), facts)
         self.results["rounds"] = list(history)
+        self.folder.write_results(self.results)
 
     def keep_personal(self, entries: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
         """The clients' own metrics, and who could not be used."""
@@ -156,11 +154,14 @@ class Session:
 
     def plot_ownership(self, task: Task, roster: Roster) -> None:
         """partition.png: who owns what; in a simulation only, as nobody knows it elsewhere."""
-        file = self.folder.path / "partition.png"
-        if roster.simulated and not file.exists():
-            from fedgen_app.data.partition import plot_partition
+        if not roster.simulated:
+            return
+        from fedgen_app.data.partition import plot_partition
 
-            plot_partition(task.split(self.settings, roster.simulated), file)
+        split = task.split(self.settings, roster.simulated)
+        plot_partition(split, self.folder.path / "partition.png")
+        alpha = self.settings.partition.alpha if split.by != "iid" else None
+        self.results["partition"] = {"by": split.by, "alpha": alpha, "clients": roster.simulated}
 
     def finish(self, task: Task, backbone: Backbone, state: GlobalState) -> None:
         """Export the global adapter, generate samples, write the results."""
@@ -183,10 +184,11 @@ class Session:
         uplink = final["uplink_bytes_per_client_round"]
         sent = "-" if uplink is None else f"{uplink} bytes, {final['uplink_reduction']:.2%} less than the full model"
         return {
-            "split": f"{s.partition.by}, Dirichlet alpha {s.partition.alpha:g}",
+            "data": shown_source(s.dataset) or "the devices' own",
+            "split": report.split_line(self.results.get("partition")),
             "clients that took part": str(len(clients)),
             "rounds": f"{len(self.history)}, fraction {s.fraction_train:g} of the clients in each",
-            "local training": f"{s.local_epochs} epochs, batch {s.batch_size * s.accumulate}, "
+            "local training": f"{span(s.local_epochs, s.max_steps)}, batch {s.batch_size * s.accumulate}, "
             f"learning rate {s.learning_rate:g}",
             "uplink per client and round": sent,
         }
@@ -205,6 +207,26 @@ class Session:
                 adapters.write(backbone.model, adapters.load_adapter(file, backbone.layout))
                 samples[f"client-{entry['client']}"] = task.sample(backbone, texts, seed, length)
         return samples
+
+
+# What may differ when a run goes on: where it lies, who computes it, how patiently, what is kept and shown.
+FREE_ON_RESUME = ("output-dir", "resume-from", "resume-round", "expected-clients", "device", "keep-checkpoints")
+FREE_GROUPS = ("round.", "samples.")
+
+
+def _same_run(path: Path, settings: Settings) -> None:
+    """Refuse to go on with other settings than the run began with.
+
+    Raises:
+        SettingsError: names every setting that differs.
+    """
+    if not (path / "settings.json").exists():
+        return  # it ended before anything was written: there is nothing to go on from
+    before, now = read_json(path / "settings.json"), settings.flat()
+    differ = [k for k in now if k not in FREE_ON_RESUME and not k.startswith(FREE_GROUPS) and now[k] != before.get(k)]
+    if differ:
+        told = "; ".join(f"{key} = {now[key]!r}, was {before.get(key)!r}" for key in differ)
+        raise SettingsError(f"{path}: the run began with other settings: {told}")
 
 
 def _checkpoint(path: Path, settings: Settings) -> Checkpoint | None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
@@ -122,7 +122,7 @@ class FedLora(Strategy):
             self.save(number, self.state, self.history)
             self._evaluate(entry, evaluate_fn)
             self.report("round", of=self.settings.num_server_rounds, **entry)
-            self._stop_if_futile(number, replies)
+            self._stop_if_futile(number, replies, grid)
         result = Result()
         result.arrays = wire.pack(self.state.adapter, "fp32")
         return result
@@ -130,7 +130,10 @@ class FedLora(Strategy):
     def _evaluate(self, entry: dict[str, Any], evaluate_fn: Evaluate | None) -> None:
         if evaluate_fn and self._evaluates(entry["round"]):
             measured = evaluate_fn(entry["round"], wire.pack(self.state.adapter, "fp32"))
-            entry["metrics"] = dict(measured) if measured is not None else None
+            if measured is not None and all(math.isfinite(cast(float, value)) for value in measured.values()):
+                entry["metrics"] = dict(measured)
+            elif measured is not None:
+                self.report("not-finite", round=entry["round"], metrics=sorted(measured))
 
     def _evaluates(self, number: int) -> bool:
         every = self.settings.evaluate_every
@@ -202,6 +205,9 @@ class FedLora(Strategy):
         outcome = Outcome()
         by_client = {client: node for node, client in self._nodes.items()}
         for client in in_order(by_client):
+            if by_client[client] in replies.unreadable:
+                self._reject(outcome, number, client, admission.Rejected("malformed", "it cannot be read at all"))
+                continue
             message = replies.messages.get(by_client[client])
             if message is None:
                 self._reject(outcome, number, client, admission.Rejected("timeout"))
@@ -244,8 +250,8 @@ class FedLora(Strategy):
             "downlink_bytes": self._downlink,
         }
 
-    def _stop_if_futile(self, number: int, replies: Replies) -> None:
-        if not replies.messages:
+    def _stop_if_futile(self, number: int, replies: Replies, grid: Grid) -> None:
+        if not replies.messages and set(self._nodes) >= set(grid.get_node_ids()):
             raise RunError(
                 f"no client answered in round {number} within {self.settings.round.deadline:g} s (round.deadline)"
             )
@@ -273,12 +279,16 @@ class FedLora(Strategy):
         names = dict(self._nodes)
         replies = collect(grid, messages, Patience(deadline), self._progress("personalisation"))
         found = {names[node]: message for node, message in replies.messages.items()}
-        entries, outcome = [], Outcome()
+        entries: list[dict[str, Any]] = []
+        outcome = Outcome()
         for client in in_order(names.values()):
             try:
                 entries.append({"client": client, **admission.personal_metrics(found.get(client), number)})
             except admission.Rejected as rejection:
                 self._reject(outcome, number, client, rejection)
+        entries, others = admission.comparable(entries, self.settings.admission.max_weight)
+        for client in others:
+            self._reject(outcome, number, client, admission.Rejected("metrics", "other metrics than most clients"))
         return entries, outcome.rejected
 
     def aggregate_train(

@@ -111,6 +111,17 @@ def digest(adapter: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
+def check_finite(adapter: Mapping[str, Tensor], name: str) -> None:
+    """Refuse an adapter that holds NaN or infinity.
+
+    Raises:
+        AdapterError: names the tensor.
+    """
+    for key, tensor in adapter.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{name}: {key} holds a number that is not finite")
+
+
 def save_adapter(adapter: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, whole or not at all."""
     contiguous = {key: adapter[key].contiguous() for key in sorted(adapter)}
@@ -130,7 +141,5 @@ def load_adapter(file: Path, layout: Layout | None = None) -> Adapter:
     adapter = {key: loaded[key].to(torch.float32) for key in sorted(loaded)}
     if layout is not None and layout_of(adapter) != layout:
         raise AdapterError(f"{file} does not fit the backbone: {_difference(layout, layout_of(adapter))}")
-    for key, tensor in adapter.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{file}: {key} holds a number that is not finite")
+    check_finite(adapter, str(file))
     return adapter

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
+from transformers.pytorch_utils import Conv1D
 
 import fedgen_assets
 from fedgen_app.errors import BackboneError
@@ -25,6 +26,8 @@ from fedgen_app.learning.task import Task
 from fedgen_app.settings import LoraSettings, Settings, looks_like_path
 
 # What a backbone's folder needs: configuration, tokenizer, safetensors. Never pickles, never code.
+# Layers whose adapter has an A and a B that aggregation understands.
+ADAPTED = (torch.nn.Linear, torch.nn.Conv2d, Conv1D)
 HUB_FILES = [
     "*.json",
     "*.safetensors",
@@ -166,13 +169,16 @@ def lora_config(model: torch.nn.Module, task: Task, lora: LoraSettings) -> LoraC
         if not any(name == target or name.endswith(f".{target}") for name in names):
             leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "weight")})
             raise BackboneError(f"lora.targets: no layer named {target!r}; there are {', '.join(leaves)}")
+        for name, layer in model.named_modules():
+            if (name == target or name.endswith(f".{target}")) and not isinstance(layer, ADAPTED):
+                raise BackboneError(f"lora.targets: {name} is a {type(layer).__name__}, which takes no adapter here")
     return LoraConfig(
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=list(targets),
         use_rslora=lora.rslora,
-        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
         bias="none",
     )
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fedgen_app.errors import AdapterError
 from fedgen_app.files import write_atomic
-from fedgen_app.learning.adapters import save_adapter
+from fedgen_app.learning.adapters import Adapter, load_adapter, save_adapter
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Metrics
 from fedgen_app.settings import Settings
@@ -31,10 +32,29 @@ def save_peft(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor], c
     save_adapter(adapter, folder / "adapter_model.safetensors")
 
 
+def load_peft(folder: Path, backbone: Backbone) -> Adapter:
+    """The adapter of a PEFT folder that was made with the same LoRA settings.
+
+    Raises:
+        AdapterError: it is damaged, does not fit the backbone, or scales its product otherwise.
+    """
+    adapter = load_adapter(folder / "adapter_model.safetensors", backbone.layout)
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder}: no readable adapter_config.json: {error}") from None
+    wanted = backbone.model.peft_config["default"].to_dict()
+    for key in ("r", "lora_alpha", "use_rslora"):
+        if found.get(key) != wanted[key]:
+            raise AdapterError(f"{folder}: made with {key} = {found.get(key)!r}, the settings say {wanted[key]!r}")
+    return adapter
+
+
 def export_personal(
     folder: Path,
     backbone: Backbone,
     adapter: Mapping[str, Tensor],
+    data_name: str,
     settings: Settings,
     measured: Mapping[str, Metrics],
     examples: int,
@@ -44,8 +64,17 @@ def export_personal(
         "This adapter was fine-tuned on one client's own data after the last federated round. It can repeat that data: "
         "treat it as you treat the data."
     )
-    facts = {"local training examples": str(examples), "personal epochs": str(settings.personal.epochs)}
+    facts = {
+        "data": data_name,
+        "local training examples": str(examples),
+        "personal fine-tuning": span(settings.personal.epochs, settings.personal.max_steps),
+    }
     save_peft(folder, backbone, adapter, card(backbone, settings, "personal adapter", note, facts, measured))
+
+
+def span(epochs: int, max_steps: int) -> str:
+    """How long something trained, in words."""
+    return f"{epochs} epochs" + (f", {max_steps} steps at most" if max_steps else "")
 
 
 def card(
@@ -71,7 +100,6 @@ def card(
         "task": settings.task,
         "method": settings.method,
         "rank, alpha": f"{settings.lora.rank}, {settings.lora.alpha:g}" + (", rsLoRA" if settings.lora.rslora else ""),
-        "data": f"{settings.dataset if settings.dataset == 'bundled' else Path(settings.dataset).name}",
         **facts,
         "seed": str(settings.seed),
         "privacy": "no differential privacy; adapters were sent as they were trained",

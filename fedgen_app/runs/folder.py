@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fedgen_app.errors import AdapterError, CheckpointError, RunError
+from fedgen_app.errors import AdapterError, CheckpointError, LockedError, RunError
 from fedgen_app.files import folder_atomic, to_json, write_atomic
 from fedgen_app.learning.adapters import Adapter, digest, load_adapter, save_adapter
 from fedgen_app.settings import Value
@@ -57,7 +57,7 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise RunError(f"{path}: another run is writing into this folder") from None
+            raise LockedError(f"{path}: another run is writing into this folder") from None
         self._events = (path / "events.jsonl").open("a", encoding="utf-8")
         for abandoned in (path / "checkpoints").glob(".round-*"):  # a run was killed while it saved
             shutil.rmtree(abandoned)
@@ -126,9 +126,8 @@ def checkpoint_numbers(path: Path) -> list[int]:
 def remove_checkpoint(path: Path, number: int) -> None:
     """Delete one checkpoint; state.json goes first, so that a half-deleted one is never taken for whole."""
     folder = path / "checkpoints" / f"round-{number:04d}"
-    for name in ("state.json", *sorted(f.name for f in folder.glob("*.safetensors"))):
-        (folder / name).unlink(missing_ok=True)
-    folder.rmdir()
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def load_checkpoint(path: Path, number: int | None = None) -> Checkpoint | None:

@@ -15,29 +15,40 @@ SCHEMA = 1
 HEADLINES = ("word_perplexity", "fid", "kid", "denoising_loss")
 
 
-def header(settings: Mapping[str, Any], backbone: Backbone, adapter_parameters: int) -> dict[str, Any]:
-    """The part of results.json that stands when the run starts."""
+def opening(task: str, method: str, run: str) -> dict[str, Any]:
+    """results.json as it stands before anything is known: a run that fails early leaves this, with the reason."""
     return {
         "schema": SCHEMA,
-        "task": settings["task"],
-        "method": settings["method"],
+        "task": task,
+        "method": method,
+        "run": run,
         "status": "running",
+        "frozen": None,
+        "rounds": [],
+        "final": None,
+        "personal": [],
+    }
+
+
+def foundation(backbone: Backbone, rank: int, adapter_parameters: int) -> dict[str, Any]:
+    """The parts of results.json about what the run stands on."""
+    return {
         "backbone": {
             "name": backbone.name,
             "fingerprint": backbone.fingerprint,
             "parameters": backbone.parameters,
             "bytes": backbone.full_bytes,
         },
-        "adapter": {
-            "rank": settings["lora.rank"],
-            "parameters": adapter_parameters,
-            "bytes": 4 * adapter_parameters,
-        },
-        "frozen": None,
-        "rounds": [],
-        "final": None,
-        "personal": [],
+        "adapter": {"rank": rank, "parameters": adapter_parameters, "bytes": 4 * adapter_parameters},
     }
+
+
+def split_line(partition: Mapping[str, Any] | None) -> str:
+    """How the data was dealt, in words."""
+    if partition is None:
+        return "each device has its own"
+    dealt = f", Dirichlet alpha {partition['alpha']:g}" if partition["alpha"] is not None else ""
+    return f"{partition['by']}{dealt}, {partition['clients']} simulated clients"
 
 
 def weighted(entries: Sequence[Mapping[str, Any]], state: str) -> dict[str, float]:
@@ -88,6 +99,10 @@ def line(event: Mapping[str, Any]) -> str | None:
         case "left-out":
             who = f"node {event['node']}" if event["client"] is None else f"client {event['client']}"
             return f"  {who} left out ({event['reason']}): {event['detail']}"
+        case "silent":
+            return f"  node {event['node']} does not answer the roll call"
+        case "not-finite":
+            return f"  round {event['round']}: the metrics are not finite ({', '.join(event['metrics'])})"
         case "skipped":
             return f"  round {event['round']} skipped: no usable reply"
         case "duplicate":
