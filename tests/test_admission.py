@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedgen_app.errors import DataError, PolicyError
 from fedgen_app.federation import wire
-from fedgen_app.federation.admission import Expected, Rejected, cap_weights, check, personal_metrics
+from fedgen_app.federation.admission import Expected, Rejected, cap_weights, check, comparable, personal_metrics
 from fedgen_app.federation.aggregation import change_norm, mean_of_factors
 from fedgen_app.federation.method import Lora, Update
 from fedgen_app.learning.adapters import Adapter, digest_of, layout_of
@@ -315,3 +315,33 @@ def test_whatever_comes_it_is_an_update_or_rejected(parts: dict[str, Any], actio
         assert personal_metrics(answer, NUMBER)["examples"] > 0
     except Rejected as rejection:
         assert rejection.reason
+
+
+def test_one_of_two_clients_cannot_raise_its_own_cap() -> None:
+    updates = [Update(client, adapter(), 2, weight, metrics={}) for client, weight in ((1, 1.0), (2, 1e12))]
+    for both in (updates, updates[::-1]):
+        assert {u.client: u.num_examples for u in cap_weights(both, 10)} == {1: 1.0, 2: 10.0}
+        assert [u.num_examples for u in cap_weights(both, 0)] == [u.num_examples for u in both]
+
+
+def entry(client: int | str, examples: int = 10, *names: str) -> dict[str, Any]:
+    measured = dict.fromkeys(names or ("loss",), 1.0)
+    return {"client": client, "examples": examples, "frozen": measured, "global": measured, "personal": measured}
+
+
+def test_only_what_most_clients_measured_is_compared() -> None:
+    entries = [entry("a", 5, "zzz"), entry(1), entry(2), entry("b", 5, "loss", "more")]
+    kept, others = comparable(entries, 10)
+    assert kept == [entry(1), entry(2)] and others == ["a", "b"]
+    assert comparable([], 10) == ([], [])
+
+
+def test_examples_of_personal_entries_are_capped_as_weights_are() -> None:
+    entries = [entry(1, 1), entry(2, 2**53)]
+    kept, others = comparable(entries, 10)
+    assert [e["examples"] for e in kept] == [1, 10] and others == []
+    assert entries[1]["examples"] == 2**53, "the entry that was given is changed"
+    assert [e["examples"] for e in comparable(entries, 0)[0]] == [1, 2**53]
+    # What a client with other metrics claims says nothing about the cap.
+    kept, others = comparable([*entries, entry(3, 2**53, "zzz")], 10)
+    assert [e["examples"] for e in kept] == [1, 10] and others == [3]

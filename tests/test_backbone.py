@@ -62,6 +62,14 @@ def test_an_unknown_target_names_the_layers_there_are() -> None:
         open_backbone(tiny_settings(lora__targets="q_proj,query"))
 
 
+@pytest.mark.parametrize(
+    ("target", "layer"), [("embed_tokens", "Embedding"), ("norm", "LlamaRMSNorm"), ("self_attn", "LlamaAttention")]
+)
+def test_a_target_that_takes_no_adapter_is_named_with_its_type(target: str, layer: str) -> None:
+    with pytest.raises(BackboneError, match=rf"lora.targets: \S*{target} is a {layer}, which takes no adapter"):
+        open_backbone(tiny_settings(lora__targets=f"q_proj,{target}"))
+
+
 def test_targets_of_the_settings_are_taken() -> None:
     layout = open_backbone(tiny_settings(lora__targets="o_proj")).layout
     assert len(layout) == 4 and all(".o_proj.lora_" in key for key, _ in layout)

@@ -12,6 +12,8 @@ from helpers import FEDGEN, ROOT, TOPICS, command, events, results, run_argument
 from safetensors.torch import load_file
 
 from fedgen_app.cli import presets
+from fedgen_app.cli import run as cli_run
+from fedgen_app.errors import SettingsError
 from fedgen_app.settings import KEYS, Settings, defaults
 
 WITH_MODULES = """
@@ -134,6 +136,41 @@ def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path) -> 
     shown = " ".join(ended.err.replace("│", " ").split())
     assert message in shown
     assert not output.exists()
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    ended = command(*run_arguments(file / "run"))
+    assert ended.status == 2 and "Traceback" not in ended.err
+    assert f"{file / 'run'}: cannot be written: Not a directory" in ended.err
+    assert file.read_text() == "kept"
+
+
+def test_a_home_folder_of_nobody_is_a_missing_folder(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    for key in ("backbone", "dataset", "lora.init"):
+        ended = command("run", ROOT, "--output", output, f"--set={key}=~nosuchuser/m")
+        assert ended.status == 2 and "Traceback" not in ended.err
+        assert ended.err.startswith(f"fedgen: {key} = ") and "~nosuchuser/m" in ended.err, ended.err
+    assert not output.exists()
+
+
+def test_two_runs_never_share_a_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.from_run_config(defaults(ROOT))
+    made = [cli_run._default_folder(settings) for _ in range(5)]
+    assert len(set(made)) == 5 and all(folder.is_dir() for folder in made)
+    assert sorted((tmp_path / "runs").iterdir()) == sorted(made)
+    # Five calls within one second, or the names would differ without any care.
+    assert any(folder.name.endswith("-fedgen-edge-2") for folder in made)
+
+
+def test_a_default_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(SettingsError, match="cannot be made: "):
+        cli_run._default_folder(Settings.from_run_config(defaults(ROOT)))
 
 
 def test_presets_lists_all_and_each_is_valid() -> None:

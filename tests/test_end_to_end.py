@@ -322,6 +322,44 @@ def test_an_init_of_another_rank_is_refused(run: Finished, tmp_path: Path) -> No
     assert not (tmp_path / "next" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(("key", "value"), [("lora_alpha", 16.0), ("use_rslora", True)])
+def test_an_init_that_scales_its_product_otherwise_is_refused(
+    key: str, value: Value, run: Finished, tmp_path: Path
+) -> None:
+    from fedgen_app.errors import AdapterError
+
+    start = tmp_path / "start"
+    shutil.copytree(run.folder / "global", start)
+    file = start / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(AdapterError, match=f"made with {key} = {value!r}, the settings say"):
+        federate(tiny_config(tmp_path / "next", lora__init=str(start)), 4)
+    assert not (tmp_path / "next" / "checkpoints").exists()
+
+
+def test_a_run_that_fails_before_it_begins_says_why(tmp_path: Path) -> None:
+    from fedgen_app.errors import BackboneError
+
+    folder = tmp_path / "run"
+    config = tiny_config(folder, lora__targets="query")
+    with pytest.raises(BackboneError):
+        federate(config)
+    found = results(folder)
+    assert found["status"] == "failed" and "no layer named 'query'" in found["reason"]
+    assert (found["rounds"], found["frozen"], found["final"]) == ([], None, None)
+    assert json.loads((folder / "settings.json").read_text()) == config
+    assert events(folder)[-1]["event"] == "end" and events(folder)[-1]["status"] == "failed"
+
+
+def test_a_run_may_measure_nothing(tmp_path: Path) -> None:
+    found = federate(tiny_config(tmp_path / "run", evaluate_every=0, personal__epochs=0, samples__count=0))
+    assert found["status"] == "completed"
+    assert found["frozen"] is None and found["final"]["metrics"] is None
+    assert [r["metrics"] for r in found["rounds"]] == [None, None] and found["personal"] == []
+    assert "frozen" not in [event["event"] for event in events(tmp_path / "run")]
+    assert (tmp_path / "run" / "global" / "adapter_model.safetensors").is_file()
+
+
 def distances(folder: Path) -> list[float]:
     shared = load_file(folder / "global" / "adapter_model.safetensors")
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 
 from fedgen_app.errors import RunError
 from fedgen_app.federation import wire
-from fedgen_app.learning import adapters
-from fedgen_app.settings import Value
+from fedgen_app.federation.client import round_plan
+from fedgen_app.learning import adapters, training
+from fedgen_app.settings import Settings, Value
 
 CULPRIT = 1  # the client id; its node is one more
 ROUND = 1
@@ -139,6 +141,8 @@ FAULTS: dict[str, tuple[Tamper, str]] = {
 class TamperedGrid(RecordingGrid):
     """One client's reply of some rounds is not what it sent."""
 
+    kind = "train"
+
     def __init__(
         self, config: dict[str, Value], clients: int, tamper: Tamper, rounds: Iterable[int], culprits: Iterable[int]
     ) -> None:
@@ -149,7 +153,7 @@ class TamperedGrid(RecordingGrid):
         reply = super().deliver(message)
         config = message.content.config_records["config"]
         ours = message.metadata.dst_node_id - 1 in self.culprits and config.get(wire.ROUND) in self.rounds
-        if not ours or message.metadata.message_type != "train":
+        if not ours or message.metadata.message_type != self.kind:
             return reply
         changed = self.tamper(reply, reply.content)
         return Message(changed, reply_to=message)
@@ -398,3 +402,90 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     other = federate(config | {"output-dir": str(tmp_path / "other")}, 3)
     assert resumed["adapter"]["sha256"] == other["adapter"]["sha256"]
+
+
+def renamed_metrics(reply: Message, content: RecordDict) -> RecordDict:
+    metrics = content.metric_records["metrics"]
+    content["metrics"] = MetricRecord({k.replace("word_perplexity", "fid"): v for k, v in metrics.items()})
+    return content
+
+
+PERSONAL_FAULTS: dict[str, Tamper] = {
+    "other names": renamed_metrics,
+    "an astronomical value": with_metric("global.word_perplexity", 1e300),
+    "an astronomical negative value": with_metric("personal.bits_per_byte", -1e300),
+    "a value that is none": with_metric("frozen.bits_per_byte", float("nan")),
+    "one state without a metric": with_metric("frozen.bits_per_byte", None),
+}
+
+
+def personal_run(folder: Path, tamper: Tamper) -> dict[str, Any]:
+    """A run of one round whose culprit's reply to the personalisation is not what it sent."""
+    config = tiny_config(folder, num_server_rounds=1, samples__count=0)
+    grid = TamperedGrid(config, 3, tamper, [2], [CULPRIT])
+    grid.kind = "train.personalise"
+    return federate(config, 3, grid)
+
+
+@pytest.mark.parametrize("fault", PERSONAL_FAULTS)
+def test_a_bad_personal_reply_costs_its_client_its_figures_only(fault: str, tmp_path: Path) -> None:
+    found = personal_run(tmp_path / "run", PERSONAL_FAULTS[fault])
+    assert found["status"] == "completed"
+    assert found["personal_rejected"] == [{"client": CULPRIT, "reason": "metrics"}]
+    assert [p["client"] for p in found["personal"]] == [0, 2]
+    for state in ("frozen", "global", "personal"):
+        mean = found["final"]["personal"][state]
+        assert set(mean) == set(found["personal"][0][state])
+        for name, value in mean.items():
+            measured = [p[state][name] for p in found["personal"]]
+            assert min(measured) * (1 - 1e-9) <= value <= max(measured) * (1 + 1e-9), (state, name)
+
+
+def test_an_enormous_personal_weight_is_capped(tmp_path: Path) -> None:
+    found = personal_run(tmp_path / "run", with_metric(wire.NUM_EXAMPLES, 2**53))
+    assert found["status"] == "completed" and found["personal_rejected"] == []
+    examples = {p["client"]: p["examples"] for p in found["personal"]}
+    assert examples[CULPRIT] == 10 * max(examples[0], examples[2])
+    for name, value in found["final"]["personal"]["global"].items():
+        added = sum(p["examples"] * p["global"][name] for p in found["personal"])
+        assert math.isfinite(value) and value == pytest.approx(added / sum(examples.values()))
+
+
+def test_a_client_whose_training_diverges_misses_that_round_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    config = tiny_config(folder, personal__epochs=0, samples__count=0)
+    diverging = round_plan(Settings.from_run_config(config), ROUND, CULPRIT, torch.float32)
+    train = training.train
+
+    def learn(model: torch.nn.Module, loss: training.Loss, rows: Any, plan: training.Plan, **rest: Any) -> Any:
+        learned = train(model, loss, rows, plan, **rest)
+        if plan.seed == diverging.seed:
+            with torch.no_grad():
+                next(iter(adapters.parameters(model).values())).view(-1)[3] = float("nan")
+        return learned
+
+    monkeypatch.setattr(training, "train", learn)
+    grid = RecordingGrid(config, 3)
+    found = federate(config, 3, grid)
+    assert found["status"] == "completed"
+    assert found["rounds"][0]["rejected"] == [{"client": CULPRIT, "reason": "error"}]
+    assert set(client_states(folder, 1)) == {0, 2}, "the diverged state must not be kept"
+    assert found["rounds"][1]["clients"] == [0, 1, 2] and found["rounds"][1]["rejected"] == []
+    assert_honest(folder, grid, 1, [0, 2])
+    assert_honest(folder, grid, 2, [0, 1, 2])
+
+
+def test_queueing_for_one_process_is_no_lateness(tmp_path: Path) -> None:
+    class Working(RecordingGrid):
+        def deliver(self, message: Message) -> Message:
+            time.sleep(0.8 if message.metadata.message_type == "train" else 0)
+            return super().deliver(message)
+
+    config = tiny_config(
+        tmp_path / "run", num_server_rounds=1, round__deadline=1.5, personal__epochs=0, samples__count=0
+    )
+    (entry,) = federate(config, 3, Working(config, 3))["rounds"]
+    assert entry["seconds"] > 2.4, "the clients took no longer than the deadline: nothing is shown"
+    assert entry["clients"] == [0, 1, 2] and entry["rejected"] == []

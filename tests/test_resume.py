@@ -12,8 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import FEDGEN, Ended, command, events, make_llama, results, run_arguments, tiny_model, without_times
+from helpers import (
+    FEDGEN,
+    Ended,
+    command,
+    events,
+    federate,
+    make_llama,
+    results,
+    run_arguments,
+    tiny_model,
+    without_times,
+)
 
+from fedgen_app.errors import SettingsError
 from fedgen_app.settings import Value
 
 ROUNDS = 3
@@ -214,6 +226,25 @@ def test_another_backbone_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 3
     last = done.stderr.strip().splitlines()[-1]
     assert f"the run was made with backbone {made}, this one is sha256:" in last
+
+
+def test_other_settings_than_the_run_began_with_are_refused(copy: Path) -> None:
+    before = {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()}
+    kept = json.loads((copy / "settings.json").read_text())
+    changed = {"output-dir": str(copy), "resume-from": str(copy), "seed": 5, "lora.alpha": 3.0, "round.quorum": 0.5}
+    with pytest.raises(SettingsError) as caught:
+        federate(kept | changed)
+    told = str(caught.value)
+    assert "seed = 5, was 0" in told and "lora.alpha = 3.0, was 8.0" in told
+    assert "round.quorum" not in told and "output-dir" not in told and "resume-from" not in told
+    assert {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()} == before
+
+
+def test_patience_and_samples_may_change_when_a_run_goes_on(copy: Path, whole: Path) -> None:
+    kept = json.loads((copy / "settings.json").read_text())
+    changed = {"output-dir": str(copy), "resume-from": str(copy), "round.deadline": 77.0, "samples.count": 0}
+    found = federate(kept | changed)
+    assert found["status"] == "completed" and found["adapter"]["sha256"] == results(whole)["adapter"]["sha256"]
 
 
 @pytest.fixture

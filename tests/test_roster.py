@@ -248,3 +248,29 @@ def test_every_client_is_drawn_some_time() -> None:
 def test_a_fraction_is_rounded_to_the_nearest_and_is_never_nobody(fraction: float, count: int, size: int) -> None:
     called, _ = roster()
     assert len(called.choose(list(range(count)), fraction, 0, 1)) == size
+
+
+def test_a_silent_node_is_asked_ever_more_rarely() -> None:
+    called, events = roster(deadline=0.05)
+    fleet = Fleet({71: here(1), 72: None})
+    asked = []
+    for number in range(1, 17):
+        before = fleet.asked.count(72)
+        called.ask_newcomers(fleet, 0.05)
+        if fleet.asked.count(72) > before:
+            asked.append(number)
+    assert asked == [1, 2, 4, 8, 16]
+    assert events == [{"event": "silent", "node": 72}] * 5 and called.silent == {72: 5}
+    assert list(called.members) == [1] and not called.left_out
+
+
+def test_a_silent_node_that_answers_at_last_takes_part_and_keeps_no_newcomer_waiting() -> None:
+    called, _ = roster()
+    fleet = Fleet({72: None})
+    called.ask_newcomers(fleet, 0.05)
+    called.ask_newcomers(fleet, 0.05)
+    fleet.answers |= {71: here(1), 72: here(2)}
+    called.ask_newcomers(fleet, 0.05)
+    assert list(called.members) == [1]
+    called.ask_newcomers(fleet, 0.05)
+    assert in_order(called.members) == [1, 2]
