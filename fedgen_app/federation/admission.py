@@ -178,6 +178,7 @@ def comparable(entries: Sequence[dict[str, Any]], most: float) -> tuple[list[dic
     names = Counter(frozenset(entry["global"]) for entry in entries)
     usual = max(names, key=lambda n: (names[n], sorted(n)), default=frozenset())
     same = [entry for entry in entries if frozenset(entry["global"]) == usual]
-    limit = int(most * statistics.median_low(e["examples"] for e in same)) if most and same else LARGEST_COUNT
+    median = statistics.median_low(entry["examples"] for entry in same) if same else 1
+    limit = max(1, int(most * median)) if most else LARGEST_COUNT
     kept = [{**entry, "examples": min(entry["examples"], limit)} for entry in same]
     return kept, [entry["client"] for entry in entries if frozenset(entry["global"]) != usual]

@@ -79,10 +79,10 @@ class Session:
                 session.completed = True
                 yield session
                 return
-            session = cls(settings, name, folder, _checkpoint(path, settings) if resumed else None)
             if resumed:
-                _same_run(path, settings)
-            else:
+                _same_run(path, settings)  # before _checkpoint, which removes what the user goes back behind
+            session = cls(settings, name, folder, _checkpoint(path, settings) if resumed else None)
+            if not resumed:
                 folder.write_settings(settings.flat())
                 folder.write_results(session.results)
             try:

@@ -26,6 +26,7 @@ PERSONALISE = f"{MessageType.TRAIN}.personalise"
 TRAIN_METRICS = frozenset({"train_loss", "seconds"})
 # So many rounds in a row without one usable reply are no bad luck any more.
 FUTILE_ROUNDS = 3
+UNREADABLE = ("malformed", "it cannot be read at all")
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 Save = Callable[[int, GlobalState, list[dict[str, Any]]], None]
@@ -206,7 +207,7 @@ class FedLora(Strategy):
         by_client = {client: node for node, client in self._nodes.items()}
         for client in in_order(by_client):
             if by_client[client] in replies.unreadable:
-                self._reject(outcome, number, client, admission.Rejected("malformed", "it cannot be read at all"))
+                self._reject(outcome, number, client, admission.Rejected(*UNREADABLE))
                 continue
             message = replies.messages.get(by_client[client])
             if message is None:
@@ -283,6 +284,8 @@ class FedLora(Strategy):
         outcome = Outcome()
         for client in in_order(names.values()):
             try:
+                if self.roster.members[client].node in replies.unreadable:
+                    raise admission.Rejected(*UNREADABLE)
                 entries.append({"client": client, **admission.personal_metrics(found.get(client), number)})
             except admission.Rejected as rejection:
                 self._reject(outcome, number, client, rejection)

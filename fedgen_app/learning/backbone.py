@@ -25,9 +25,9 @@ from fedgen_app.learning.adapters import Layout, fresh, layout_of, parameters
 from fedgen_app.learning.task import Task
 from fedgen_app.settings import LoraSettings, Settings, looks_like_path
 
-# What a backbone's folder needs: configuration, tokenizer, safetensors. Never pickles, never code.
 # Layers whose adapter has an A and a B that aggregation understands.
 ADAPTED = (torch.nn.Linear, torch.nn.Conv2d, Conv1D)
+# What a backbone's folder needs: configuration, tokenizer, safetensors. Never pickles, never code.
 HUB_FILES = [
     "*.json",
     "*.safetensors",
