@@ -74,7 +74,7 @@ def export_personal(
 
 def span(epochs: int, max_steps: int) -> str:
     """How long something trained, in words."""
-    return f"{epochs} epochs" + (f", {max_steps} steps at most" if max_steps else "")
+    return f"{epochs} epoch{'' if epochs == 1 else 's'}" + (f", {max_steps} steps at most" if max_steps else "")
 
 
 def card(
