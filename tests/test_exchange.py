@@ -8,8 +8,7 @@ from collections.abc import Iterable
 import httpx
 import pytest
 from flwr.app import Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+from grids import UncalledParts
 
 from fedgen_app.errors import RunError
 from fedgen_app.federation.exchange import Patience, Replies, collect
@@ -18,7 +17,7 @@ NEVER = 1e9
 SLACK = 1.0  # how much later than its time something may happen on a busy machine
 
 
-class ScriptedGrid(Grid):
+class ScriptedGrid(UncalledParts):
     """Answers each node's message so many seconds after it was pushed."""
 
     def __init__(self, delays: dict[int, float], failing: Iterable[int] = (), repeated: Iterable[int] = ()) -> None:
@@ -28,18 +27,6 @@ class ScriptedGrid(Grid):
         self.strangers: list[Message] = []
         self.pulled: list[list[str]] = []
         self._due: list[tuple[float, Message]] = []
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        return Run.create_empty(1)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.delays)
@@ -67,15 +54,12 @@ class ScriptedGrid(Grid):
         strangers, self.strangers = self.strangers, []
         return strangers + ready
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        raise NotImplementedError
-
 
 def questions(*nodes: int) -> list[Message]:
     return [Message(RecordDict(), node, "train") for node in nodes]
 
 
-def timed(grid: Grid, nodes: Iterable[int], patience: Patience) -> tuple[Replies, float]:
+def timed(grid: ScriptedGrid, nodes: Iterable[int], patience: Patience) -> tuple[Replies, float]:
     began = time.monotonic()
     replies = collect(grid, questions(*nodes), patience)
     return replies, time.monotonic() - began

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+from grids import UncalledParts
 
 from fedgen_app.errors import PolicyError, RunError
 from fedgen_app.federation.roster import ROLL_CALL, Roster, in_order, parse_client
@@ -19,25 +18,13 @@ OURS, THEIRS = "sha256:ours", "sha256:theirs"
 Answer = RecordDict | Error | None
 
 
-class Fleet(Grid):
+class Fleet(UncalledParts):
     """Nodes and what each of them answers; None: nothing."""
 
     def __init__(self, answers: dict[int, Answer]) -> None:
         self.answers = answers
         self.asked: list[int] = []
         self._replies: dict[str, Message] = {}
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        return Run.create_empty(1)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.answers)
@@ -57,9 +44,6 @@ class Fleet(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._replies.pop(i) for i in message_ids if i in self._replies]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        raise NotImplementedError
 
 
 def here(client: object, /, **changes: Any) -> RecordDict:
