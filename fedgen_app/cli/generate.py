@@ -15,7 +15,7 @@ from fedgen_app.settings import Settings
 def generate(
     run_dir: Annotated[Path, typer.Argument(help="The run folder.")],
     client: Annotated[str, typer.Option(help="With this client's personal adapter.")] = "",
-    cluster: Annotated[str, typer.Option(help="With this cluster's adapter.")] = "",
+    cluster: Annotated[str, typer.Option(help="With this cluster's adapter.", hidden=True)] = "",
     frozen: Annotated[bool, typer.Option("--frozen", help="With no adapter.")] = False,
     prompt: Annotated[str, typer.Option(help="What to continue; default: the run's own prompts.")] = "",
     count: Annotated[int, typer.Option(min=1, help="How many samples per prompt.")] = 1,
@@ -30,7 +30,8 @@ def generate(
     settings = _settings(folder)
     file = _adapter_file(folder, client, cluster)
     if not frozen and not file.is_file():
-        raise SettingsError(f"{file}: no such adapter in this run; there are {', '.join(_adapters(folder)) or 'none'}")
+        there = ", ".join(_adapters(folder)) or f"none before its end; to go on with it: fedgen resume {folder}"
+        raise SettingsError(f"{file}: no such adapter in this run; there are {there}")
 
     from fedgen_app.learning import adapters
     from fedgen_app.learning.backbone import load_task, open_backbone

@@ -180,7 +180,7 @@ def _with_flower(launch: Launch, folder: Path, display: Display) -> None:
         )
     tick()
     if status != COMPLETED:
-        raise RunError(reason or f"the run ended as {status}; see {log_file}")
+        raise RunError(f"{reason or f'the run ended as {status}'}; what every process said: {log_file}")
 
 
 def _gpus_per_client(launch: Launch) -> float:

@@ -39,10 +39,18 @@ def run(
         raise SettingsError(f"--engine {engine.value}: --superlink {superlink} runs under Flower")
     if superlink and clients:
         raise SettingsError(f"--clients {clients}: --superlink {superlink} has the clients that it has")
+    if (
+        clients
+        and settings.expected_clients not in (0, clients)
+        and any(text.startswith("expected-clients=") for text in set_ or [])
+    ):
+        raise SettingsError(f"--clients {clients}: --set expected-clients={settings.expected_clients} says otherwise")
     number = 0 if superlink else clients or settings.expected_clients or DEFAULT_CLIENTS
     folder = Path(settings.output_dir) if settings.output_dir else _default_folder(settings)
     if (folder / "launch.json").exists() or (folder / "settings.json").exists():
-        raise SettingsError(f"--output {folder}: holds a run already; to go on with it: fedgen resume {folder}")
+        raise SettingsError(
+            f"--output {folder}: holds a run already; to go on with it: fedgen resume {folder}; else name another"
+        )
     run_config = settings.flat() | {"output-dir": str(folder)}
     if not superlink:
         run_config["expected-clients"] = number

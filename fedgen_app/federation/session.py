@@ -133,6 +133,7 @@ class Session:
     def keep_frozen(self, metrics: Metrics) -> None:
         """The frozen backbone's metrics on the server's test set."""
         self.frozen = self.results["frozen"] = metrics
+        self.folder.write_results(self.results)
         self.event("frozen", metrics=metrics)
 
     def save(self, number: int, state: GlobalState, history: Sequence[Mapping[str, Any]]) -> None:
@@ -168,7 +169,10 @@ class Session:
         self.results["final"] = report.final(self.results)
         facts = self._facts()
         note = "Trained by federated averaging of LoRA adapters: the data stayed on the clients."
-        measured = {"frozen": self.frozen or {}, "global": self.results["final"]["metrics"] or {}}
+        final = self.results["final"]
+        own = (final["personal"] or {}).get("frozen")  # the clients' hold-outs, where the server has no test set
+        frozen = self.frozen if final["source"] == "server" else own
+        measured = {"frozen": frozen or {}, "global": final["metrics"] or {}}
         text = card(backbone, self.settings, "global adapter", note, facts, measured)
         save_peft(self.folder.path / "global", backbone, state.adapter, text)
         if self.settings.samples.count:
@@ -191,6 +195,7 @@ class Session:
             "local training": f"{span(s.local_epochs, s.max_steps)}, batch {s.batch_size * s.accumulate}, "
             f"learning rate {s.learning_rate:g}",
             "uplink per client and round": sent,
+            "measured on": "the server's test set" if final["source"] == "server" else "the clients' own hold-outs",
         }
 
     def _samples(self, task: Task, backbone: Backbone, state: GlobalState) -> dict[str, Sequence[Sample]]:

@@ -68,6 +68,8 @@ def export_personal(
         "data": data_name,
         "local training examples": str(examples),
         "personal fine-tuning": span(settings.personal.epochs, settings.personal.max_steps),
+        "measured on": "the client's own hold-out",
+        "privacy": "this adapter was not sent, those of the rounds were; no differential privacy",
     }
     save_peft(folder, backbone, adapter, card(backbone, settings, "personal adapter", note, facts, measured))
 
@@ -100,9 +102,9 @@ def card(
         "task": settings.task,
         "method": settings.method,
         "rank, alpha": f"{settings.lora.rank}, {settings.lora.alpha:g}" + (", rsLoRA" if settings.lora.rslora else ""),
-        **facts,
         "seed": str(settings.seed),
         "privacy": "no differential privacy; adapters were sent as they were trained",
+        **facts,
         "made with": f"FedGen-Edge {version('fedgen-edge')}, PEFT {version('peft')}, torch {version('torch')}",
     }
     return "\n".join(
