@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fedgen_app.errors import BackboneError
 from fedgen_app.learning import adapters
-from fedgen_app.learning.backbone import find, fingerprint, initial_adapter, open_backbone, pick_device, pick_dtype
+from fedgen_app.learning.backbone import find, fingerprint, open_backbone, pick_device, pick_dtype
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -133,11 +133,11 @@ def test_what_a_backbone_says_of_itself() -> None:
 def test_the_seeded_start_changes_nothing_yet_and_is_the_same_for_all() -> None:
     opened = open_backbone(tiny_settings())
     inputs = torch.arange(1, 9)[None]
-    adapters.write(opened.model, initial_adapter(opened, 3))
+    adapters.write(opened.model, adapters.fresh(opened.layout, 3))
     opened.model.eval()
     with torch.no_grad():
         started = opened.model(input_ids=inputs).logits
         with opened.model.disable_adapter():
             assert torch.equal(opened.model(input_ids=inputs).logits, started)
-    assert adapters.digest(initial_adapter(opened, 3)) == adapters.digest(initial_adapter(opened, 3))
-    assert adapters.digest(initial_adapter(opened, 3)) != adapters.digest(initial_adapter(opened, 4))
+    assert adapters.digest(adapters.fresh(opened.layout, 3)) == adapters.digest(adapters.fresh(opened.layout, 3))
+    assert adapters.digest(adapters.fresh(opened.layout, 3)) != adapters.digest(adapters.fresh(opened.layout, 4))

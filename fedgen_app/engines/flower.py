@@ -11,16 +11,14 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from fedgen_app.engines import keeper
 from fedgen_app.errors import RunError
-
-RunConfig = Mapping[str, bool | int | float | str]
-"""Every setting of the app, flat: dotted, kebab-case keys."""
+from fedgen_app.settings import RunConfig
 
 PORT_ATTEMPTS = 5
 SUBMIT_TIMEOUT = 30.0  # seconds for an interrupted submission to tell its run id, and for `flwr stop`

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fedgen_assets
 from fedgen_app.errors import BackboneError
-from fedgen_app.learning.adapters import Layout, fresh, layout_of, parameters
+from fedgen_app.learning.adapters import Layout, layout_of, parameters
 from fedgen_app.learning.task import Task
 from fedgen_app.settings import LoraSettings, Settings, looks_like_path
 
@@ -241,8 +241,3 @@ def _open(
         layout=layout_of(parameters(model)),
         license=licence_of(folder),
     )
-
-
-def initial_adapter(backbone: Backbone, seed: int) -> dict[str, torch.Tensor]:
-    """The seeded start that all clients share; B is zero, so it changes nothing yet."""
-    return fresh(backbone.layout, seed)
