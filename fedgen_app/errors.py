@@ -57,6 +57,12 @@ class RunError(FedgenError):
     code = 107
 
 
+class MetricError(FedgenError):
+    """A measurement cannot be made: no feature extractor, or too few images."""
+
+    code = 108
+
+
 class LockedError(RunError):
     """Another process is writing into the run folder."""
 
