@@ -49,7 +49,7 @@ def train(message: Message, context: Context) -> Message:
     with step_bar(f"round {order.number}, client {work.me.client}") as on_step:
         learned = training.train(
             model,
-            work.task.loss,
+            work.task.loss(settings, work.backbone),
             work.data.train,
             plan,
             trains=lambda key: work.method.trains(key, order.round),
@@ -75,7 +75,7 @@ def personalise(message: Message, context: Context) -> Message:
     settings, model = work.me.settings, work.backbone.model
 
     def measure() -> Metrics:
-        return work.task.evaluate(work.backbone, work.data.holdout, settings.seed)
+        return work.task.evaluate(settings, work.backbone, work.data.holdout, settings.seed)
 
     adapters.write(model, work.start)
     with model.disable_adapter():
@@ -84,13 +84,15 @@ def personalise(message: Message, context: Context) -> Message:
     if settings.personal.epochs:
         plan = personal_plan(settings, work.me.client, work.backbone.dtype)
         with step_bar(f"personal, client {work.me.client}") as on_step:
-            training.train(model, work.task.loss, work.data.train, plan, anchor=work.start, on_step=on_step)
+            loss = work.task.loss(settings, work.backbone)
+            training.train(model, loss, work.data.train, plan, anchor=work.start, on_step=on_step)
     measured["personal"] = measure()
     examples = len(work.data.train)
     if settings.personal.epochs:
-        export_personal(
-            work.store.folder, work.backbone, adapters.read(model), work.me.data_name, settings, measured, examples
-        )
+        personal, usage = adapters.read(model), work.task.usage(work.backbone)
+        folder, data = work.store.folder, work.me.data_name
+        export_personal(folder, work.backbone, personal, data, settings, measured, examples, usage)
+        work.task.export(folder, work.backbone, personal)
 
     metrics: dict[str, int | float] = {wire.NUM_EXAMPLES: examples}
     metrics |= {f"{state}.{name}": value for state, found in measured.items() for name, value in found.items()}

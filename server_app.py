@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgen_app.federation import wire
@@ -12,6 +12,7 @@ from fedgen_app.federation.session import Session
 from fedgen_app.federation.strategy import FedLora
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import load_task, open_backbone
+from fedgen_app.learning.task import Metrics
 from fedgen_app.settings import check
 
 app = ServerApp()
@@ -27,21 +28,21 @@ def main(grid: Grid, context: Context) -> None:
         task, method = load_task(settings.task), load_method(settings.method)
         backbone = open_backbone(settings)
         test = task.load_test(settings, backbone) if settings.evaluate_every else None
-        run.begin(backbone)
+        run.begin(task, backbone)
 
-        def evaluate(number: int, arrays: ArrayRecord) -> MetricRecord | None:
+        def evaluate(number: int, arrays: ArrayRecord) -> Metrics | None:
             if test is None:
                 return None
             adapters.write(backbone.model, wire.unpack(arrays, backbone.layout, "fp32"))
-            return MetricRecord({**task.evaluate(backbone, test, settings.seed)})
+            return task.evaluate(settings, backbone, test, settings.seed)
 
         if test is not None and run.frozen is None:
             with backbone.model.disable_adapter():
-                run.keep_frozen(task.evaluate(backbone, test, settings.seed))
+                run.keep_frozen(task.evaluate(settings, backbone, test, settings.seed))
 
         roster = Roster(backbone.fingerprint, settings.expected_clients, settings.round.roll_call, run.event)
         roster.call(grid)
-        run.plot_ownership(task, roster)
+        run.plot_ownership(roster)
 
         strategy = FedLora(
             settings=settings,
@@ -57,4 +58,4 @@ def main(grid: Grid, context: Context) -> None:
         strategy.start(grid, evaluate_fn=evaluate)
         if settings.personal.epochs or (settings.evaluate_every and test is None):
             run.keep_personal(*strategy.personalise(grid))
-        run.finish(task, backbone, strategy.state)
+        run.finish(strategy.state)

@@ -23,7 +23,8 @@ Value = bool | int | float | str
 RunConfig = Mapping[str, Value]
 
 PACKAGE = Path(__file__).parent
-PATH_KEYS = ("output-dir", "resume-from", "backbone", "dataset", "lora.init")
+PATH_KEYS = ("output-dir", "resume-from", "backbone", "dataset", "lora.init", "metrics.features")
+FEATURES = ("auto", "bundled", "inception")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?")
 PLUGIN_NAME = re.compile(r"[a-z][a-z0-9-]*")
 
@@ -73,6 +74,8 @@ class LoraSettings(Group):
     targets: Names
     rslora: bool
     init: str
+    convolutions: bool
+    text_encoder: bool
 
     @property
     def scaling(self) -> float:
@@ -121,11 +124,40 @@ class WireSettings(Group):
 
 
 class SampleSettings(Group):
-    """``samples.*``: what the finished run generates to be looked at."""
+    """``samples.*``: what a run generates to be looked at, and how it generates."""
 
     count: AtLeastZero
-    length: AtLeastOne
+    per_prompt: AtLeastOne
+    every: AtLeastZero
     prompts: Prompts
+    length: AtLeastOne
+    sampler: Literal["ddim", "dpm-solver"]
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    guidance: NotNegative
+    batch: AtLeastOne
+
+
+class DiffusionSettings(Group):
+    """``diffusion.*``: how an image generator learns."""
+
+    caption: str
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)]
+    min_snr: NotNegative
+
+    @field_validator("caption")
+    @classmethod
+    def _holds_a_place(cls, value: str) -> str:
+        if value.count("{}") != 1 or value.replace("{}", "").count("{") or value.replace("{}", "").count("}"):
+            raise PydanticCustomError("caption", "should hold {} once, for the label")
+        return value
+
+
+class MetricSettings(Group):
+    """``metrics.*``: how generated images are measured."""
+
+    samples: AtLeastZero
+    personal_samples: AtLeastZero
+    features: Annotated[str, Field(min_length=1)]
 
 
 class Settings(Group):
@@ -160,7 +192,7 @@ class Settings(Group):
     clip_norm: NotNegative
     warmup_rounds: AtLeastZero
     sequence_length: Annotated[int, Field(ge=8)]
-    resolution: Annotated[int, Field(ge=8)]
+    resolution: AtLeastZero
     gradient_checkpointing: bool
     lora: LoraSettings
     partition: PartitionSettings
@@ -169,6 +201,8 @@ class Settings(Group):
     admission: AdmissionSettings
     wire: WireSettings
     samples: SampleSettings
+    diffusion: DiffusionSettings
+    metrics: MetricSettings
 
     @classmethod
     def from_run_config(cls, run_config: RunConfig) -> Settings:
@@ -302,6 +336,9 @@ def _wrong_paths(run_config: RunConfig) -> Iterator[str]:
             yield f"{key} = {value!r}: no such file or folder"
         elif not looks_like_path(value) and not HUB_ID.fullmatch(value):
             yield f"{key} = {value!r}: neither a path nor a hub id such as owner/name"
+    weights = run_config.get("metrics.features", "auto")
+    if isinstance(weights, str) and weights not in FEATURES and not _expanded(weights).is_file():
+        yield f"metrics.features = {weights!r}: should be {', '.join(FEATURES)} or a file of Inception's weights"
     resumed = run_config.get("resume-from", "")
     if isinstance(resumed, str) and resumed and not Path(resumed).is_dir():
         yield f"resume-from = {resumed!r}: no such run folder"

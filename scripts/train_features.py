@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedgen_app.data.images import load_images
@@ -184,7 +184,7 @@ def main() -> None:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "model.safetensors"
-    save_file(stored, file)
+    file.write_bytes(save(stored))
     layers.load_state_dict(stored)  # what is measured is what was saved, rounded to float16
     report = {
         "parameters": sum(p.numel() for p in layers.parameters()),

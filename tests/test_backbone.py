@@ -12,12 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from fedgen_app.errors import BackboneError
 from fedgen_app.learning import adapters
-from fedgen_app.learning.backbone import find, fingerprint, open_backbone, pick_device, pick_dtype
+from fedgen_app.learning.backbone import find, fingerprint, load_task, open_backbone, pick_device, pick_dtype
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     loaded: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
     return loaded
+
+
+def files(folder: Path) -> list[Path]:
+    return load_task("language").weight_files(folder)
 
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_their_files(tmp_path: Path) -> None:
@@ -26,8 +30,8 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_their_files(tmp_path: Path
     names = sorted(whole)
     save_file({n: whole[n] for n in names[::2]}, folder / "model-00001-of-00002.safetensors", {"made": "by hand"})
     save_file({n: whole[n] for n in names[1::2]}, folder / "model-00002-of-00002.safetensors")
-    assert fingerprint(folder) == fingerprint(tiny_model())
-    assert fingerprint(folder).startswith("sha256:") and len(fingerprint(folder)) == 71
+    assert fingerprint(folder, files(folder)) == fingerprint(tiny_model(), files(tiny_model()))
+    assert fingerprint(folder, files(folder)).startswith("sha256:") and len(fingerprint(folder, files(folder))) == 71
 
 
 def test_the_fingerprint_sees_one_changed_weight_name_shape_and_type(tmp_path: Path) -> None:
@@ -39,12 +43,12 @@ def test_the_fingerprint_sees_one_changed_weight_name_shape_and_type(tmp_path: P
     renamed["model.norm.bias"] = renamed.pop(name)
     folded[name] = whole[name].reshape(2, -1)
     halved[name] = whole[name].view(torch.int32)
-    seen = {fingerprint(tiny_model())}
+    seen = {fingerprint(tiny_model(), files(tiny_model()))}
     for number, changed in enumerate((flipped, renamed, folded, halved)):
         folder = tmp_path / str(number)
         folder.mkdir()
         save_file(changed, folder / "model.safetensors")
-        seen.add(fingerprint(folder))
+        seen.add(fingerprint(folder, files(folder)))
     assert len(seen) == 5
 
 
@@ -82,10 +86,10 @@ def test_a_hub_out_of_reach_names_what_to_download(monkeypatch: pytest.MonkeyPat
 
 
 def test_find_local_and_bundled(tmp_path: Path) -> None:
-    assert find(str(tiny_model()), "", "language") == tiny_model().resolve()
-    assert (find("bundled", "", "language") / "config.json").is_file()
+    assert find(str(tiny_model()), "", load_task("language")) == tiny_model().resolve()
+    assert (find("bundled", "", load_task("language")) / "config.json").is_file()
     with pytest.raises(BackboneError, match="no such folder"):
-        find(str(tmp_path / "gone"), "", "language")
+        find(str(tmp_path / "gone"), "", load_task("language"))
 
 
 def test_types_and_devices() -> None:
@@ -124,7 +128,7 @@ def test_what_a_backbone_says_of_itself() -> None:
     opened = open_backbone(tiny_settings())
     count = sum(t.numel() for t in weights(tiny_model()).values())  # tied weights stand there once
     assert opened.parameters == count and opened.full_bytes == 4 * count
-    assert opened.fingerprint == fingerprint(tiny_model())
+    assert opened.fingerprint == fingerprint(tiny_model(), files(tiny_model()))
     assert opened.reference == str(tiny_model()) and opened.name == "tiny-llama"
     trainable = {n for n, p in opened.model.named_parameters() if p.requires_grad}
     assert trainable and all(".lora_" in n for n in trainable)

@@ -20,9 +20,10 @@ from fedgen_app.errors import BackboneError, DataError
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.learning.task import Examples, Share
+from fedgen_app.settings import SampleSettings
 from fedgen_app.tasks import _text, language
 from fedgen_app.tasks._text import IGNORED, pack, start_token
-from fedgen_app.tasks.language import TASK
+from fedgen_app.tasks.language import TASK, cross_entropy
 
 
 @pytest.fixture
@@ -33,6 +34,10 @@ def backbone() -> Backbone:
     loud = {key: torch.randn(shape, generator=generator) / 4 for key, shape in opened.layout}
     adapters.write(opened.model, loud)
     return opened
+
+
+def long(tokens: int) -> SampleSettings:
+    return tiny_settings(samples__length=tokens).samples
 
 
 def documents(pieces: list[list[int]]) -> dict[str, Any]:
@@ -92,16 +97,16 @@ def test_evaluate_is_the_sum_of_log_probabilities(backbone: Backbone) -> None:
         "token_perplexity": math.exp(nats / len(tokens)),
         "bits_per_byte": nats / math.log(2) / len(text.encode()),
     }
-    assert TASK.evaluate(backbone, packed, 0) == pytest.approx(expected, rel=1e-5)
+    assert TASK.evaluate(tiny_settings(), backbone, packed, 0) == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluate_does_not_depend_on_how_rows_are_batched(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = Corpus("any", tuple(sentences("sea", 9, 3)), None, running=False, skipped=0)
     packed = pack(_text.tokenise(corpus, backbone.processor), range(9), 16, start_token(backbone.processor))
-    whole = TASK.evaluate(backbone, packed, 0)
+    whole = TASK.evaluate(tiny_settings(), backbone, packed, 0)
     monkeypatch.setattr(language, "EVALUATED_TOKENS", 32)
     assert len(packed) > 4
-    assert TASK.evaluate(backbone, packed, 0) == pytest.approx(whole, rel=1e-5)
+    assert TASK.evaluate(tiny_settings(), backbone, packed, 0) == pytest.approx(whole, rel=1e-5)
 
 
 def test_loss_is_the_mean_over_targets_alone(backbone: Backbone) -> None:
@@ -109,7 +114,7 @@ def test_loss_is_the_mean_over_targets_alone(backbone: Backbone) -> None:
     packed = pack(documents([[5, 6, 7, 8, 9, 10]]), [0], 4, start_token(backbone.processor))
     backbone.model.eval()
     with torch.no_grad():
-        loss = float(TASK.loss(backbone.model, packed.rows, torch.Generator()))
+        loss = float(cross_entropy(backbone.model, packed.rows, torch.Generator()))
     assert loss == pytest.approx(slow_nats(backbone, rows) / 6, rel=1e-5)
 
 
@@ -125,7 +130,7 @@ def test_words_and_bytes_by_the_convention_of_penn_treebank(backbone: Backbone) 
 
 def test_a_text_without_tokens_is_no_division_by_zero(backbone: Backbone) -> None:
     empty = pack(documents([[]]), [], 8, 0)
-    measured = TASK.evaluate(backbone, empty, 0)
+    measured = TASK.evaluate(tiny_settings(), backbone, empty, 0)
     assert measured == {"word_perplexity": 1.0, "token_perplexity": 1.0, "bits_per_byte": 0.0}
 
 
@@ -133,10 +138,15 @@ def test_lora_targets_of_llama_and_gpt2() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     small = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16}
-    assert TASK.lora_targets(LlamaForCausalLM(LlamaConfig(intermediate_size=8, **small))) == ("q_proj", "v_proj")
-    assert TASK.lora_targets(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))) == ("c_attn",)
+    assert TASK.lora_targets(LlamaForCausalLM(LlamaConfig(intermediate_size=8, **small)), tiny_settings().lora) == (
+        "q_proj",
+        "v_proj",
+    )
+    assert TASK.lora_targets(
+        GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)), tiny_settings().lora
+    ) == ("c_attn",)
     with pytest.raises(BackboneError, match="Sequential.* lora.targets .*'0', '1'"):
-        TASK.lora_targets(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))
+        TASK.lora_targets(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()), tiny_settings().lora)
 
 
 def test_gpt2_runs_with_its_transposed_layers(tmp_path: Path) -> None:
@@ -171,11 +181,11 @@ def test_a_backbone_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     (silent / "tokenizer_config.json").write_text(json.dumps(facts))
     for folder in (bare, pickled, other):
         with pytest.raises(BackboneError, match=f"{folder}: not a causal language model"):
-            TASK.load_backbone(folder, dtype, place)
+            TASK.load_backbone(folder, dtype, place, tiny_settings().lora)
         with pytest.raises(BackboneError, match=f"{folder}: no .*safetensors weights"):
             open_backbone(tiny_settings(backbone=str(folder)))
     with pytest.raises(BackboneError, match=f"{silent}: .* no end-of-text token"):
-        TASK.load_backbone(silent, dtype, place)
+        TASK.load_backbone(silent, dtype, place, tiny_settings().lora)
 
 
 def own_words(backbone: Backbone, examples: Examples) -> str:
@@ -226,8 +236,8 @@ def test_test_sequences_limits_to_whole_documents(backbone: Backbone) -> None:
 
 def test_the_same_seed_gives_the_same_texts(backbone: Backbone) -> None:
     texts = ["the captain", "the judge"]
-    first, again = (TASK.sample(backbone, texts, 3, 12) for _ in range(2))
-    other = TASK.sample(backbone, texts, 4, 12)
+    first, again = (TASK.sample(backbone, texts, 3, long(12)) for _ in range(2))
+    other = TASK.sample(backbone, texts, 4, long(12))
     assert first == again
     assert [s.content for s in first] != [s.content for s in other]
     for text, sample in zip(texts, first, strict=True):
@@ -235,9 +245,9 @@ def test_the_same_seed_gives_the_same_texts(backbone: Backbone) -> None:
 
 
 def test_the_adapter_changes_what_is_said(backbone: Backbone) -> None:
-    said = TASK.sample(backbone, ["the captain"], 0, 20)
+    said = TASK.sample(backbone, ["the captain"], 0, long(20))
     with backbone.model.disable_adapter():
-        assert TASK.sample(backbone, ["the captain"], 0, 20) != said
+        assert TASK.sample(backbone, ["the captain"], 0, long(20)) != said
 
 
 def test_another_tokenizer_is_not_served_from_the_cache(backbone: Backbone, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``fedgen generate``: let a run's model speak, with the global, a personal, a cluster's or no adapter."""
+"""``fedgen generate``: let a run's model write or draw, with the global, a personal, a cluster's or no adapter."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def generate(
     client: Annotated[str, typer.Option(help="With this client's personal adapter.")] = "",
     cluster: Annotated[str, typer.Option(help="With this cluster's adapter.", hidden=True)] = "",
     frozen: Annotated[bool, typer.Option("--frozen", help="With no adapter.")] = False,
-    prompt: Annotated[str, typer.Option(help="What to continue; default: the run's own prompts.")] = "",
+    prompt: Annotated[str, typer.Option(help="What to continue or to draw; default: the run's own prompts.")] = "",
     count: Annotated[int, typer.Option(min=1, help="How many samples per prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="Default: the run's seed.")] = None,
-    length: Annotated[int, typer.Option(min=0, help="New tokens; 0: as the run's settings say.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="A file to write to; default: the terminal.")] = None,
+    length: Annotated[int, typer.Option(min=0, help="Text: new tokens; 0: as the run's settings say.")] = 0,
+    steps: Annotated[int, typer.Option(min=0, max=1000, help="Images: sampler steps; 0: likewise.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="A file; default: the terminal, images: generated.png.")] = None,
 ) -> None:
     """Generate samples."""
     if sum(map(bool, (client, cluster, frozen))) > 1:
@@ -38,22 +39,27 @@ def generate(
 
     task = load_task(settings.task)
     backbone = open_backbone(settings)
-    texts = [text for text in ([prompt] if prompt else task.prompts(settings)) for _ in range(count)]
-    arguments = (backbone, texts, settings.seed if seed is None else seed, length or settings.samples.length)
+    texts = [text for text in ([prompt] if prompt else task.prompts(settings, backbone)) for _ in range(count)]
+    changed = {key: value for key, value in (("length", length), ("steps", steps)) if value}
+    options = settings.samples.model_copy(update=changed)
+    arguments = (backbone, texts, settings.seed if seed is None else seed, options)
     if frozen:
         with backbone.model.disable_adapter():
             samples = task.sample(*arguments)
     else:
         adapters.write(backbone.model, adapters.load_adapter(file, backbone.layout))
         samples = task.sample(*arguments)
-    text = "\n\n---\n\n".join(str(sample.content).strip() for sample in samples) + "\n"
-    if output is None:
-        print(text, end="")
-    else:
-        try:
-            output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise SettingsError(f"--output {output}: {error.strerror}") from None
+    shown = task.render.encode(samples)
+    if output is None and task.render.printable:
+        print(shown.decode(), end="")
+        return
+    file = output or Path(f"generated{task.render.suffix}")
+    try:
+        file.write_bytes(shown)
+    except OSError as error:
+        raise SettingsError(f"--output {file}: {error.strerror}") from None
+    if not task.render.printable:
+        print(file)
 
 
 def _settings(folder: Path) -> Settings:

@@ -225,11 +225,15 @@ def show_results(folder: Path, console: Console) -> None:
         return
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     final = results["final"]
-    name = report.headline(results)
-    table = Table(title=f"{results['task']}, {results['method']}: {name.replace('_', ' ')}")
-    for column in ("adapter", "server's test set", "clients' own hold-out"):
+    metrics, rows = report.table(results)
+    names = [name.replace("_", " ") for name in metrics]
+    table = Table(title=f"{results['task']}, {results['method']}: {' and '.join(dict.fromkeys(filter(None, names)))}")
+    places = ["server's test set", "clients' own hold-out"]
+    if len(set(filter(None, names))) > 1:  # two metrics: each column says which
+        places = [f"{place}: {name}" for place, name in zip(places, names, strict=True)]
+    for column in ("adapter", *places):
         table.add_column(column, justify="left" if column == "adapter" else "right")
-    for row in report.table(results, name):
+    for row in rows:
         table.add_row(*row)
     console.print(table)
     uplink = final["uplink_bytes_per_client_round"]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+import fedgen_assets
 from fedgen_app.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,17 @@ def cached(kind: str, key: Mapping[str, object], build: Callable[[], Arrays]) ->
     if written is None:
         raise DataError(f"{file} was written but cannot be read back; FEDGEN_CACHE names another folder")
     return written
+
+
+def source_identity(source: str, split: str, bundled: str) -> str:
+    """What a cache of a local source hangs on: a digest of its files' names, sizes and times, and of the split.
+
+    source: "bundled", whose files are those of the asset ``bundled``; a file; or a folder.
+    """
+    place = fedgen_assets.path(bundled) if source == "bundled" else Path(source).expanduser()
+    files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
+    facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(repr((split, facts)).encode()).hexdigest()
 
 
 def _folder() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,11 +70,12 @@ def load_corpus(source: str, split: Split, *, text_column: str = "text", label_c
         name, files = path.name, [path] if split == "train" else []
     elif path.is_dir():
         name = path.resolve().name
-        if _is_saved(path):
+        if is_saved(path):
             return _saved(path, split, text_column, label_column)
         files = _split_files(path, split)
     else:
-        return _from_hub(source, split, text_column, label_column)
+        dataset = hub_dataset(source, split)
+        return None if dataset is None else _records(source, dataset, source, text_column, label_column)
     if not files:
         return None
     kind = _kind_of(files, source)
@@ -172,7 +173,7 @@ def _read_records(kind: str, files: Sequence[Path], source: str, columns: Sequen
     filled = [str(file) for file in files if file.stat().st_size]
     if not filled:
         raise DataError(f"{source} holds no document: it is empty")
-    datasets = _quiet_datasets()
+    datasets = quiet_datasets()
     options: dict[str, Any] = {}
     try:
         if kind == "csv":
@@ -193,21 +194,29 @@ def _csv_options(file: str, columns: Sequence[str], source: str) -> dict[str, An
     return {"usecols": list(converters), "converters": converters, "keep_default_na": False}
 
 
-def _is_saved(folder: Path) -> bool:
+def is_saved(folder: Path) -> bool:
+    """Whether ``datasets.save_to_disk`` wrote the folder."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _saved(folder: Path, split: Split, text_column: str, label_column: str) -> Corpus | None:
-    datasets = _quiet_datasets()
+    datasets = quiet_datasets()
     try:
         found = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder} cannot be read as a saved data set: {error}") from error
     splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
-    return _choose(folder.resolve().name, splits, split, str(folder), text_column, label_column)
+    dataset = choose_split(splits, split, str(folder))
+    if dataset is None:
+        return None
+    return _records(folder.resolve().name, dataset, str(folder), text_column, label_column)
 
 
-def _from_hub(source: str, split: Split, text_column: str, label_column: str) -> Corpus | None:
+def hub_dataset(source: str, split: Split) -> Dataset | None:
+    """One split of a hub data set ``owner/name[:config][@revision]``; None where there is no test split.
+
+    Raises DataError where it is no such id, or the hub does not give it.
+    """
     match = _HUB_ID.fullmatch(source)
     if match is None or Path(source).suffix.lower() in BUILDERS:
         raise DataError(
@@ -215,7 +224,7 @@ def _from_hub(source: str, split: Split, text_column: str, label_column: str) ->
             "or a hub id owner/name[:config][@revision]"
         )
     name = match["name"]
-    datasets = _quiet_datasets()
+    datasets = quiet_datasets()
     try:
         splits = datasets.load_dataset(name, match["config"], revision=match["revision"])
     except OSError as error:  # out of reach, not there, or private
@@ -226,12 +235,16 @@ def _from_hub(source: str, split: Split, text_column: str, label_column: str) ->
         ) from error
     except (ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source} cannot be read: {error.__cause__ or error}") from error
-    return _choose(name, splits, split, source, text_column, label_column)
+    return choose_split(splits, split, source)
 
 
-def _choose(name: str, splits: Any, split: Split, source: str, text_column: str, label_column: str) -> Corpus | None:
+def choose_split(splits: Mapping[Any, Dataset], split: Split, source: str) -> Dataset | None:
+    """One of a data set's splits; None where there is no test split.
+
+    Raises DataError where there is no training split.
+    """
     if split in splits:
-        return _records(name, splits[split], source, text_column, label_column)
+        return splits[split]
     if split == "test":
         return None
     raise DataError(f"{source} has no split train, only {', '.join(map(str, splits))}")
@@ -244,12 +257,12 @@ def _records(name: str, dataset: Dataset, source: str, text_column: str, label_c
     labels = None
     if label_column:
         values, feature = list(dataset[label_column]), dataset.features[label_column]
-        labels = tuple(_label(values[index], feature) for index in kept)
+        labels = tuple(label_name(values[index], feature) for index in kept)
     corpus = Corpus(name, tuple(texts[index] for index in kept), labels, running=False, skipped=len(texts) - len(kept))
     return _checked(corpus, source)
 
 
-def _label(value: object, feature: Any) -> str:
+def label_name(value: object, feature: Any) -> str:
     """Give a class its name; -1 is how ``datasets`` writes a class that is missing."""
     names = getattr(feature, "names", None)
     if value is None or (names and value == -1):
@@ -270,7 +283,8 @@ def _checked(corpus: Corpus, source: str) -> Corpus:
     return corpus
 
 
-def _quiet_datasets() -> Any:
+def quiet_datasets() -> Any:
+    """The module ``datasets``, without its bars and its second telling of what it raises."""
     import datasets
 
     datasets.disable_progress_bars()

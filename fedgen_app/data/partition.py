@@ -1,4 +1,4 @@
-"""Deal the documents of one corpus out to simulated clients: evenly, or skewed by label or topic."""
+"""Deal the examples of one data set out to simulated clients: evenly, or skewed by label or topic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedgen_app.data.local import Corpus, IntArray
+from fedgen_app.data.local import IntArray
 from fedgen_app.errors import DataError
 
 TOPICS = 10
@@ -31,49 +31,59 @@ class Partition:
     """Who owns what.
 
     by: "iid", "label" or "topic", what auto was resolved to.
-    documents: sorted document indices, one int64 array per client; disjoint, together all documents.
-    labels: one per document, its label or its topic ("topic 0: word, word, word"); () for iid without labels.
+    examples: sorted indices of examples, one int64 array per client; disjoint, together all of them.
+    labels: one per example, its label or its topic ("topic 0: word, word, word"); () for iid without labels.
     """
 
     by: str
-    documents: tuple[IntArray, ...]
+    examples: tuple[IntArray, ...]
     labels: tuple[str, ...]
 
 
-def partition(corpus: Corpus, *, by: str, alpha: float, clients: int, seed: int, min_examples: int) -> Partition:
-    """Deal every document of ``corpus`` to one of ``clients``; the same seed gives the same partition.
+def partition(
+    name: str,
+    labels: Sequence[str] | None,
+    texts: Sequence[str] | None,
+    *,
+    count: int,
+    by: str,
+    alpha: float,
+    clients: int,
+    seed: int,
+    min_examples: int,
+) -> Partition:
+    """Deal each of ``count`` examples to one of ``clients``; the same seed gives the same partition.
 
-    by: "iid"; "label" or "topic": how much of each label (topic) a client gets is drawn from
-    Dirichlet(alpha), the smaller the more skewed (arXiv 1905.12022); "auto": label where there are labels,
-    else topic. Topics are k-means clusters of TF-IDF vectors. With ``min_examples`` 0, a client may end up
-    with nothing.
+    name: what messages call the data; labels, texts: one per example, where there are any. by: "iid"; "label" or
+    "topic": how much of each label (topic) a client gets is drawn from Dirichlet(alpha), the smaller the more skewed
+    (arXiv 1905.12022); "auto": label where there are labels, else topic where there are texts, else iid. Topics are
+    k-means clusters of the texts' TF-IDF vectors. With ``min_examples`` 0, a client may end up with nothing.
 
-    Raises DataError where there are too few documents, no labels to go by, or no draw gives every client its
+    Raises DataError where there are too few examples, nothing to go by, or no draw gives every client its
     ``min_examples``.
     """
     if by == "auto":
-        by = "topic" if corpus.labels is None else "label"
+        by = "label" if labels is not None else "topic" if texts is not None else "iid"
     if by not in ("iid", "label", "topic"):
         raise DataError(f"partition.by is {by!r}; allowed: auto, iid, label, topic")
     needed = clients * max(min_examples, 1)
-    if len(corpus.texts) < needed:
+    if count < needed:
         raise DataError(
-            f"{corpus.name} has {len(corpus.texts)} documents, but {clients} clients with "
-            f"partition.min-examples {min_examples} need {needed}: use fewer clients or lower "
-            "partition.min-examples"
+            f"{name} has {count} examples, but {clients} clients with partition.min-examples {min_examples} need "
+            f"{needed}: use fewer clients or lower partition.min-examples"
         )
     if by == "iid":
-        return Partition(by, _deal_evenly(len(corpus.texts), clients, seed), corpus.labels or ())
+        return Partition(by, _deal_evenly(count, clients, seed), tuple(labels or ()))
     if by == "topic":
-        labels = _topics(corpus.texts, seed)
-    elif corpus.labels is None:
+        if texts is None:
+            raise DataError(f"partition.by is topic, but {name} has no texts: set partition.by to label or iid")
+        labels = _topics(texts, seed)
+    elif labels is None:
         raise DataError(
-            f"partition.by is label, but {corpus.name} is read without labels: set label-column, or "
-            "partition.by to topic or iid"
+            f"partition.by is label, but {name} is read without labels: set label-column, or partition.by to topic "
+            "or iid"
         )
-    else:
-        labels = corpus.labels
-    return Partition(by, _deal_skewed(labels, alpha, clients, seed, min_examples), labels)
+    return Partition(by, _deal_skewed(labels, alpha, clients, seed, min_examples), tuple(labels))
 
 
 def _deal_evenly(count: int, clients: int, seed: int) -> tuple[IntArray, ...]:
@@ -117,7 +127,7 @@ def _deal_skewed(
                 raise
     raise DataError(
         f"partition.alpha {alpha} over {clients} clients leaves someone with fewer than "
-        f"partition.min-examples {min_examples} of {len(labels)} documents in every draw: raise "
+        f"partition.min-examples {min_examples} of {len(labels)} examples in every draw: raise "
         "partition.alpha, lower partition.min-examples, or use fewer clients"
     )
 
@@ -152,12 +162,12 @@ def _topics(texts: Sequence[str], seed: int) -> tuple[str, ...]:
 
 
 def plot_partition(split: Partition, file: Path) -> None:
-    """Draw each client's documents, stacked by label, into the PNG ``file``."""
+    """Draw each client's examples, stacked by label, into the PNG ``file``."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    clients = len(split.documents)
+    clients = len(split.examples)
     names, counts = _count(split)
     figure = Figure(figsize=(10, max(3.0, 1.5 + (0.32 if clients <= 30 else 0.14) * clients)), layout="constrained")
     axes = figure.add_subplot()
@@ -172,9 +182,9 @@ def plot_partition(split: Partition, file: Path) -> None:
     axes.set_ylim(clients - 0.4, -0.6)  # client 0 on top
     axes.set_xlim(0, max(1.0, 1.02 * left.max()))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("documents")
+    axes.set_xlabel("examples")
     axes.set_ylabel("client")
-    axes.set_title(f"{int(left.sum())} documents of {clients} clients, dealt by {split.by}")
+    axes.set_title(f"{int(left.sum())} examples of {clients} clients, dealt by {split.by}")
     axes.spines[["top", "right"]].set_visible(False)
     if split.labels:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize="small")
@@ -186,15 +196,15 @@ def _count(split: Partition) -> tuple[list[str], IntArray]:
 
     The rarest of too many labels are counted together, at the end.
     """
-    labels = split.labels or ("documents",) * sum(map(len, split.documents))
+    labels = split.labels or ("examples",) * sum(map(len, split.examples))
     common = [label for label, _ in Counter(labels).most_common(SHOWN_LABELS)]
     rows = {label: row for row, label in enumerate(sorted(common, key=_as_counted))}
     names = [_shown(label) for label in rows]
     others = len(set(labels)) - len(rows)
     if others:
         names.append(f"{others} other labels")
-    counts = np.zeros((len(names), len(split.documents)), np.int64)
-    for client, documents in enumerate(split.documents):
+    counts = np.zeros((len(names), len(split.examples)), np.int64)
+    for client, documents in enumerate(split.examples):
         for document in documents:
             counts[rows.get(labels[document], len(rows)), client] += 1
     return names, counts

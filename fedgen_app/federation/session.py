@@ -14,7 +14,7 @@ from flwr.common.logger import log
 
 from fedgen_app.errors import CheckpointError, RunError, SettingsError
 from fedgen_app.federation.client import run_folder
-from fedgen_app.federation.method import GlobalState
+from fedgen_app.federation.method import ClientId, GlobalState
 from fedgen_app.federation.roster import Roster, in_order
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import Backbone
@@ -109,14 +109,14 @@ class Session:
         if text := report.line({"event": kind, **fields}):
             log(INFO, text)
 
-    def begin(self, backbone: Backbone) -> None:
+    def begin(self, task: Task, backbone: Backbone) -> None:
         """Make or restore the state, and say in results.json what the run stands on.
 
         Raises:
             CheckpointError: the run was made with another backbone.
             AdapterError: ``lora.init`` does not fit.
         """
-        self._backbone = backbone
+        self._task, self._backbone = task, backbone
         if self.checkpoint is None:
             init, seed = self.settings.lora.init, self.settings.seed
             self.state = GlobalState(load_peft(Path(init), backbone) if init else adapters.fresh(backbone.layout, seed))
@@ -147,25 +147,30 @@ class Session:
         self.folder.save_checkpoint(number, vars(state), facts)
         self.results["rounds"] = list(history)
         self.folder.write_results(self.results)
+        every = self.settings.samples.every
+        if every and number % every == 0 and self.settings.samples.count:
+            target, own = self.folder.path / "samples" / f"round-{number:04d}", f"state/round-{number:04d}.safetensors"
+            self._sample(target, state, history[-1]["clients"], own)
 
     def keep_personal(self, entries: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
         """The clients' own metrics, and who could not be used."""
         self.results |= {"personal": entries, "personal_rejected": rejected}
         self.event("personal", clients=len(entries))
 
-    def plot_ownership(self, task: Task, roster: Roster) -> None:
+    def plot_ownership(self, roster: Roster) -> None:
         """partition.png: who owns what; in a simulation only, as nobody knows it elsewhere."""
         if not roster.simulated:
             return
         from fedgen_app.data.partition import plot_partition
 
-        split = task.split(self.settings, roster.simulated)
+        split = self._task.split(self.settings, self._backbone, roster.simulated)
         plot_partition(split, self.folder.path / "partition.png")
         alpha = self.settings.partition.alpha if split.by != "iid" else None
         self.results["partition"] = {"by": split.by, "alpha": alpha, "clients": roster.simulated}
 
-    def finish(self, task: Task, backbone: Backbone, state: GlobalState) -> None:
+    def finish(self, state: GlobalState) -> None:
         """Export the global adapter, generate samples, write the results."""
+        task, backbone = self._task, self._backbone
         self.results["final"] = report.final(self.results)
         facts = self._facts()
         note = "Trained by federated averaging of LoRA adapters: the data stayed on the clients."
@@ -173,10 +178,12 @@ class Session:
         own = (final["personal"] or {}).get("frozen")  # the clients' hold-outs, where the server has no test set
         frozen = self.frozen if final["source"] == "server" else own
         measured = {"frozen": frozen or {}, "global": final["metrics"] or {}}
-        text = card(backbone, self.settings, "global adapter", note, facts, measured)
+        text = card(backbone, self.settings, "global adapter", note, facts, measured, task.usage(backbone))
         save_peft(self.folder.path / "global", backbone, state.adapter, text)
+        task.export(self.folder.path / "global", backbone, state.adapter)
         if self.settings.samples.count:
-            task.save_samples(self.folder.path / "samples", self._samples(task, backbone, state))
+            clients = [entry["client"] for entry in self.results["personal"]]
+            self._sample(self.folder.path / "samples", state, clients, "adapter_model.safetensors")
         self.results["status"] = "completed"
         self.results["adapter"]["sha256"] = adapters.digest(state.adapter)
         self.folder.write_results(self.results)
@@ -198,20 +205,25 @@ class Session:
             "measured on": "the server's test set" if final["source"] == "server" else "the clients' own hold-outs",
         }
 
-    def _samples(self, task: Task, backbone: Backbone, state: GlobalState) -> dict[str, Sequence[Sample]]:
-        texts = task.prompts(self.settings)[: self.settings.samples.count]
-        length, seed = self.settings.samples.length, self.settings.seed
+    def _sample(self, target: Path, state: GlobalState, clients: Sequence[ClientId], own: str) -> None:
+        """Generate with no adapter, with the global one, and with some clients' own, into the folder ``target``.
+
+        Args:
+            own: Which file of a client's folder holds its adapter.
+        """
+        task, backbone, options = self._task, self._backbone, self.settings.samples
+        texts = [t for t in task.prompts(self.settings, backbone)[: options.count] for _ in range(options.per_prompt)]
         samples: dict[str, Sequence[Sample]] = {}
         with backbone.model.disable_adapter():
-            samples["frozen"] = task.sample(backbone, texts, seed, length)
+            samples["frozen"] = task.sample(backbone, texts, self.settings.seed, options)
         adapters.write(backbone.model, state.adapter)
-        samples["global"] = task.sample(backbone, texts, seed, length)
-        for entry in self.results["personal"][:SAMPLED_CLIENTS]:
-            file = self.folder.path / "clients" / str(entry["client"]) / "adapter_model.safetensors"
-            if file.exists():  # on a device the personal adapter is not here
+        samples["global"] = task.sample(backbone, texts, self.settings.seed, options)
+        for client in clients[:SAMPLED_CLIENTS]:
+            file = self.folder.path / "clients" / str(client) / own
+            if file.exists():  # on a device a client's adapters are not here
                 adapters.write(backbone.model, adapters.load_adapter(file, backbone.layout))
-                samples[f"client-{entry['client']}"] = task.sample(backbone, texts, seed, length)
-        return samples
+                samples[f"client-{client}"] = task.sample(backbone, texts, self.settings.seed, options)
+        task.save_samples(target, samples)
 
 
 # What may differ when a run goes on: where it lies, who computes it, how patiently, what is kept and shown.

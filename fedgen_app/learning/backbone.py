@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,17 +28,6 @@ from fedgen_app.settings import LoraSettings, Settings, looks_like_path
 
 # Layers whose adapter has an A and a B that aggregation understands.
 ADAPTED = (torch.nn.Linear, torch.nn.Conv2d, Conv1D)
-# What a backbone's folder needs: configuration, tokenizer, safetensors. Never pickles, never code.
-HUB_FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-    "*/*.json",
-    "*/*.safetensors",
-    "*/*.txt",
-    "README.md",
-]
 
 
 @dataclass(frozen=True)
@@ -100,14 +90,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return cast(torch.dtype, getattr(torch, name))
 
 
-def find(source: str, revision: str, bundled: str) -> Path:
-    """The folder of a backbone: bundled, local, or fetched from the hub into its cache.
+def find(source: str, revision: str, task: Task) -> Path:
+    """The folder of a backbone: bundled, local, or fetched from the hub into its cache (no pickles, no code).
 
     Raises:
         BackboneError: the folder is not there, or the hub is out of reach.
     """
     if source == "bundled":
-        return fedgen_assets.path(bundled)
+        return fedgen_assets.path(task.bundled_backbone)
     if looks_like_path(source):
         folder = Path(source).expanduser().resolve()
         if not folder.is_dir():
@@ -117,7 +107,7 @@ def find(source: str, revision: str, bundled: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision or None, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(source, revision=revision or None, allow_patterns=list(task.hub_files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise BackboneError(
             f"backbone = {source!r} (revision {revision or 'default'}): the model hub does not give it "
@@ -126,15 +116,15 @@ def find(source: str, revision: str, bundled: str) -> Path:
         ) from None
 
 
-def fingerprint(folder: Path) -> str:
-    """``sha256:...`` over names, types, shapes and bytes of all weights, however they are cut into files.
+def fingerprint(folder: Path, files: Sequence[Path]) -> str:
+    """``sha256:...`` over names, types, shapes and bytes of the files' weights, however they are cut into files.
 
     Raises:
         BackboneError: the folder has no safetensors weights, or a damaged file.
     """
     places: dict[str, Path] = {}
     try:
-        for file in sorted(folder.rglob("*.safetensors")):
+        for file in files:
             with safe_open(file, framework="pt") as weights:
                 places |= {f"{file.parent.relative_to(folder)}/{key}": file for key in weights.keys()}  # noqa: SIM118
         if not places:
@@ -163,7 +153,7 @@ def lora_config(model: torch.nn.Module, task: Task, lora: LoraSettings) -> LoraC
     Raises:
         BackboneError: no layer of the model has one of the targets' names.
     """
-    targets = lora.targets or task.lora_targets(model)
+    targets = lora.targets or task.lora_targets(model, lora)
     names = [name for name, _ in model.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -211,15 +201,15 @@ def _open(
     checkpointing: bool,
 ) -> Backbone:
     task = load_task(task_name)
-    folder = find(source, revision, task.bundled_backbone)
+    folder = find(source, revision, task)
     place = pick_device(device)
     held = pick_dtype(dtype, place)
-    marks = fingerprint(folder)
-    loaded = task.load_backbone(folder, held, place)
+    marks = fingerprint(folder, task.weight_files(folder))
+    loaded = task.load_backbone(folder, held, place, lora)
     loaded.model.requires_grad_(False)
     count = sum(p.numel() for p in loaded.model.parameters())
     if checkpointing:
-        cast(Any, loaded.model).gradient_checkpointing_enable({"use_reentrant": False})
+        task.save_memory(loaded.model)
     on_hub = source != "bundled" and not looks_like_path(source)
     reference = source if on_hub else str(folder)
     with warnings.catch_warnings():

@@ -58,6 +58,7 @@ def export_personal(
     settings: Settings,
     measured: Mapping[str, Metrics],
     examples: int,
+    usage: Sequence[str],
 ) -> None:
     """A client's personal adapter, on its own disk."""
     note = (
@@ -71,7 +72,7 @@ def export_personal(
         "measured on": "the client's own hold-out",
         "privacy": "this adapter was not sent, those of the rounds were; no differential privacy",
     }
-    save_peft(folder, backbone, adapter, card(backbone, settings, "personal adapter", note, facts, measured))
+    save_peft(folder, backbone, adapter, card(backbone, settings, "personal adapter", note, facts, measured, usage))
 
 
 def span(epochs: int, max_steps: int) -> str:
@@ -86,6 +87,7 @@ def card(
     note: str,
     facts: Mapping[str, str],
     measured: Mapping[str, Mapping[str, Any]],
+    usage: Sequence[str],
 ) -> str:
     """A Hugging Face model card: how the adapter was made, what it measured, how to load it."""
     header = [
@@ -116,15 +118,16 @@ def card(
             *_metrics(measured),
             "\n## Use\n",
             "```python",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({backbone.reference!r})",
-            "model = PeftModel.from_pretrained(base, FOLDER)  # the folder of this file",
+            *usage,
             "```",
             "",
         ]
     )
+
+
+def shown(value: object) -> str:
+    """A metric in a table: four significant figures; a name as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -133,8 +136,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _metrics(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    names = sorted({name for found in measured.values() for name in found})
+    names = sorted({n for found in measured.values() for n, v in found.items() if isinstance(v, int | float | str)})
     if not names:
         return []
-    rows = [[state, *(f"{found[n]:.4g}" if n in found else "" for n in names)] for state, found in measured.items()]
+    rows = [[state, *(shown(found.get(name, "")) for name in names)] for state, found in measured.items()]
     return ["\n## Measured\n", *_table(("adapter", *names), rows)]

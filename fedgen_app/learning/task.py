@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fedgen_app.data.partition import Partition
-from fedgen_app.settings import Settings
+from fedgen_app.settings import LoraSettings, SampleSettings, Settings
 
 if TYPE_CHECKING:
     from fedgen_app.learning.backbone import Backbone
 
-Metrics = dict[str, float]
+# Numbers by name. The server's may hold more: a name ("features"), or numbers by class.
+Metrics = dict[str, Any]
 Batch = Mapping[str, Tensor]
+Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,19 @@ class Share:
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows to train on or to evaluate: tensors of equal first dimension n, and what the metrics count."""
+    """Rows to train on or to evaluate.
+
+    Attributes:
+        rows: Tensors of equal first dimension n.
+        counts: What the metrics count (words, bytes, ...).
+        shared: Tensors that rows point into (the embeddings of distinct captions); every batch has them whole.
+        reference: What generated things are compared with; None where nothing is to be generated.
+    """
 
     rows: Batch
-    counts: Mapping[str, int]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    shared: Batch = field(default_factory=dict)
+    reference: Any = None
 
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
@@ -65,31 +76,52 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Render:
+    """How samples become a file: its ending, its bytes, and whether a terminal can show them."""
+
+    suffix: str
+    encode: Callable[[Sequence[Sample]], bytes]
+    printable: bool
+
+
+@dataclass(frozen=True)
 class Task:
     """A task as a frozen value of functions; ``tasks/<name>.py`` ends in ``TASK = Task(...)``.
 
     Attributes:
         lora_targets: Names of the layers that carry the adapter where the settings name none.
+        hub_files: Patterns of the files that a backbone on the hub consists of.
+        weight_files: Those of a backbone's files whose weights are used; its fingerprint is theirs.
         load_backbone: Reads the frozen model from a folder.
+        save_memory: Makes the model compute activations again in the backward pass instead of keeping them.
         load_data: What one client owns, as rows of tensors.
         load_test: The server's own test set; None where the data set has none.
         split: Who owns which documents in a simulation of so many clients.
-        loss: Mean loss of a batch, to be differentiated.
+        loss: The function that training minimises: mean loss of a batch.
         evaluate: Metrics of the model as it is now; the seed fixes whatever noise they need.
-        sample: Generates from the model as it is now: (backbone, prompts, seed, length).
+        sample: Generates from the model as it is now, one thing per prompt.
         prompts: What to generate from where the user names nothing.
+        render: One file's bytes that show samples.
         save_samples: Writes named lists of samples into a folder.
+        export: Writes what other software than PEFT opens, beside the adapter in PEFT's format.
+        usage: Lines of Python for the model card that load the adapter from FOLDER.
         bundled_backbone: The name of the bundled backbone under ``fedgen_assets``.
     """
 
-    lora_targets: Callable[[nn.Module], tuple[str, ...]]
-    load_backbone: Callable[[Path, torch.dtype, torch.device], Loaded]
+    lora_targets: Callable[[nn.Module, LoraSettings], tuple[str, ...]]
+    hub_files: tuple[str, ...]
+    weight_files: Callable[[Path], list[Path]]
+    load_backbone: Callable[[Path, torch.dtype, torch.device, LoraSettings], Loaded]
+    save_memory: Callable[[nn.Module], None]
     load_data: Callable[[Settings, Backbone, Share], LocalData]
     load_test: Callable[[Settings, Backbone], Examples | None]
-    split: Callable[[Settings, int], Partition]
-    loss: Callable[[nn.Module, Batch, torch.Generator], Tensor]
-    evaluate: Callable[[Backbone, Examples, int], Metrics]
-    sample: Callable[[Backbone, Sequence[str], int, int], list[Sample]]
-    prompts: Callable[[Settings], tuple[str, ...]]
+    split: Callable[[Settings, Backbone, int], Partition]
+    loss: Callable[[Settings, Backbone], Loss]
+    evaluate: Callable[[Settings, Backbone, Examples, int], Metrics]
+    sample: Callable[[Backbone, Sequence[str], int, SampleSettings], list[Sample]]
+    prompts: Callable[[Settings, Backbone], tuple[str, ...]]
+    render: Render
     save_samples: Callable[[Path, Mapping[str, Sequence[Sample]]], None]
+    export: Callable[[Path, Backbone, Mapping[str, Tensor]], None]
+    usage: Callable[[Backbone], Sequence[str]]
     bundled_backbone: str

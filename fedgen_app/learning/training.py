@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from fedgen_app.errors import AdapterError, DataError
 from fedgen_app.learning.adapters import parameters
-from fedgen_app.learning.task import Batch, Examples
-
-Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
+from fedgen_app.learning.task import Examples, Loss
 
 
 @dataclass(frozen=True)
@@ -112,6 +110,7 @@ def train(
     learning = _choose(model, trains)
     device = next(iter(learning.values())).device
     rows = {name: tensor.to(device) for name, tensor in examples.rows.items()}
+    shared = {name: tensor.to(device) for name, tensor in examples.shared.items()}
     pull = [(p, anchor[k].to(device)) for k, p in learning.items()] if plan.proximal and anchor else []
     optimiser = torch.optim.AdamW(learning.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.half_precision)
@@ -123,7 +122,7 @@ def train(
     for group in _batches(len(examples), plan, order):
         size = sum(len(indices) for indices in group)
         for indices in group:
-            batch = {name: tensor[indices.to(device)] for name, tensor in rows.items()}
+            batch = shared | {name: tensor[indices.to(device)] for name, tensor in rows.items()}
             value = loss(model, batch, noise)
             torch.autograd.backward(scaler.scale(value * (len(indices) / size)))
             total += value.detach() * len(indices)

@@ -15,6 +15,11 @@ SCHEMA = 1
 HEADLINES = ("word_perplexity", "fid", "kid", "denoising_loss")
 
 
+# Generated images that vary less than this fraction of real ones are worth a warning: the generator may have collapsed.
+LEAST_DIVERSITY = 0.25
+ALIKE = " (WARNING: the images are nearly alike)"
+
+
 def opening(task: str, method: str, run: str) -> dict[str, Any]:
     """results.json as it stands before anything is known: a run that fails early leaves this, with the reason."""
     return {
@@ -127,8 +132,9 @@ def _round_line(event: Mapping[str, Any]) -> str:
 def _metrics(metrics: Mapping[str, Any] | None) -> str:
     if not metrics:
         return "no test data on the server"
-    name = next(iter(metrics))
-    return f"{name.replace('_', ' ')} {number(metrics[name])}"
+    name = headline(metrics)
+    alike = ALIKE if metrics.get("diversity", 1.0) < LEAST_DIVERSITY else ""
+    return f"{name.replace('_', ' ')} {number(metrics[name])}{alike}"
 
 
 def number(value: object) -> str:
@@ -147,20 +153,23 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def headline(results: Mapping[str, Any]) -> str:
-    """The metric that the closing table shows."""
-    metrics = (results["final"] or {}).get("metrics") or {}
-    return next((name for name in HEADLINES if name in metrics), next(iter(metrics), ""))
+def headline(metrics: Mapping[str, Any] | None) -> str:
+    """The metric that the closing table shows of these."""
+    found = metrics or {}
+    return next((name for name in HEADLINES if name in found), next(iter(found), ""))
 
 
-def table(results: Mapping[str, Any], metric: str) -> list[tuple[str, str, str]]:
-    """Rows of the closing table: name, server's test set, clients' own hold-outs."""
+def table(results: Mapping[str, Any]) -> tuple[tuple[str, str], list[tuple[str, str, str]]]:
+    """The closing table: the metrics of the server's test set and of the clients' hold-outs; rows with both."""
     done = results["final"] or {}
     means = done.get("personal") or {}
+    by_server = done.get("source") == "server"
+    metric = headline(done.get("metrics") if by_server else results["frozen"])
+    local = headline(means.get("global"))
     server = {
         "frozen": (results["frozen"] or {}).get(metric),
-        "global": (done.get("metrics") or {}).get(metric) if done.get("source") == "server" else None,
+        "global": (done.get("metrics") or {}).get(metric) if by_server else None,
         "personal": None,
     }
-    own = {state: means.get(state, {}).get(metric) for state in server}
-    return [(state, number(server[state]), number(own[state])) for state in server]
+    own = {state: means.get(state, {}).get(local) for state in server}
+    return (metric, local), [(state, number(server[state]), number(own[state])) for state in server]

@@ -194,7 +194,7 @@ def _inception(file: Path) -> tuple[str, str, nn.Module]:
     except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
         said = str(error).partition("\n")[0]
         raise MetricError(f"{file} is no file of weights or is damaged: {said}") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise MetricError(f"{file} holds no weights by name")
     # torch-fidelity would unpickle the file without a guard; it gets a copy that was written here.
     copy = io.BytesIO()
@@ -215,7 +215,7 @@ def _fingerprint(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         if not name.startswith("fc.") and not name.endswith("num_batches_tracked"):
             sha.update(name.encode())
-            sha.update(state[name].float().contiguous().numpy().tobytes())
+            sha.update(state[name].detach().float().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 

@@ -6,14 +6,12 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-import fedgen_assets
-from fedgen_app.data.cache import cached
+from fedgen_app.data.cache import cached, source_identity
 from fedgen_app.data.local import Corpus, holdout, load_corpus
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError
@@ -26,12 +24,9 @@ IGNORED = -100  # torch's cross_entropy leaves these targets out
 
 
 def _source_identity(source: str, split: str, corpus: Corpus | None) -> str:
-    """What a cache of this source hangs on: the files' sizes and times, or the texts themselves."""
-    place = fedgen_assets.path("topics") if source == "bundled" else Path(source).expanduser()
+    """What a cache of this source hangs on: its files, or of the hub's the texts themselves."""
     if source == "bundled" or looks_like_path(source):
-        files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
-        facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return hashlib.sha256(repr((split, facts)).encode()).hexdigest()
+        return source_identity(source, split, "topics")
     assert corpus is not None
     return hashlib.sha256("\x00".join(corpus.texts).encode(errors="surrogatepass")).hexdigest()
 
@@ -124,12 +119,15 @@ def start_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
 
-def split(settings: Settings, clients: int) -> Partition:
+def split(settings: Settings, backbone: Backbone, clients: int) -> Partition:
     """Who owns which documents of the training split."""
     corpus = _required(_corpus(settings, settings.dataset, "train"))
     parts = settings.partition
     return partition(
-        corpus,
+        corpus.name,
+        corpus.labels,
+        corpus.texts,
+        count=len(corpus.texts),
         by=parts.by,
         alpha=parts.alpha,
         clients=clients,
@@ -138,7 +136,7 @@ def split(settings: Settings, clients: int) -> Partition:
     )
 
 
-def _owned(settings: Settings, share: Share) -> np.ndarray[Any, Any]:
+def _owned(settings: Settings, backbone: Backbone, share: Share) -> np.ndarray[Any, Any]:
     """Document indices of one simulated client, from the cached partition."""
     hub = not looks_like_path(settings.dataset) and settings.dataset != "bundled"
     corpus = _corpus(settings, settings.dataset, "train") if hub else None
@@ -152,7 +150,7 @@ def _owned(settings: Settings, share: Share) -> np.ndarray[Any, Any]:
     }
 
     def build() -> dict[str, np.ndarray[Any, Any]]:
-        owned = split(settings, share.count).documents
+        owned = split(settings, backbone, share.count).examples
         return {
             "documents": np.concatenate(owned).astype(np.int64),
             "starts": np.cumsum([0, *(len(o) for o in owned)], dtype=np.int64),
@@ -173,7 +171,7 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
         raise DataError("dataset = '': this client has no data of its own")
     documents = _documents(settings, backbone, source, "train")
     assert documents is not None
-    owned = np.arange(len(documents["words"])) if share.folder else _owned(settings, share)
+    owned = np.arange(len(documents["words"])) if share.folder else _owned(settings, backbone, share)
     if len(owned) == 0:
         raise DataError(f"client {share.index} of {share.count} owns no document")
     kept, held = holdout(len(owned), settings.holdout_fraction, derive(settings.seed, "holdout", share.index))

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fedgen_app.errors import BackboneError
+from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.task import Batch, Examples, Loaded, Metrics, Sample, Task
+from fedgen_app.learning.task import Batch, Examples, Loaded, Metrics, Render, Sample, Task
 from fedgen_app.seeds import derive
-from fedgen_app.settings import Settings
+from fedgen_app.settings import LoraSettings, SampleSettings, Settings
 from fedgen_app.tasks._text import IGNORED, load_data, load_test, split, start_token
 
 EVALUATED_TOKENS = 2048  # per forward pass: bounds the logits' memory, 2048 x 49152 float32 = 400 MB
@@ -33,12 +33,16 @@ TARGETS: tuple[tuple[str, ...], ...] = (
 PROMPTS = ("And it came to pass", "My fellow citizens,", "The captain")
 
 
-def lora_targets(model: nn.Module) -> tuple[str, ...]:
+def lora_targets(model: nn.Module, lora: LoraSettings) -> tuple[str, ...]:
     """q and v projections, or what stands for them in this architecture.
 
     Raises:
         BackboneError: none of the known names occurs.
+        SettingsError: the adapter is wanted in something that a language model does not have.
     """
+    for key, value in (("convolutions", lora.convolutions), ("text-encoder", lora.text_encoder)):
+        if value:
+            raise SettingsError(f"lora.{key} = true: a language model has none; for task = diffusion only")
     leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for names in TARGETS:
         if leaves.issuperset(names):
@@ -48,7 +52,7 @@ def lora_targets(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device) -> Loaded:
+def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: LoraSettings) -> Loaded:
     """Model and tokenizer from a folder; weights in their own type on disk are mapped, not copied.
 
     Raises:
@@ -69,7 +73,12 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device) -> Loa
     return Loaded(cast(nn.Module, model).to(device), tokenizer)
 
 
-def loss(model: nn.Module, batch: Batch, noise: torch.Generator) -> Tensor:
+def save_memory(model: nn.Module) -> None:
+    """Gradient checkpointing."""
+    cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def cross_entropy(model: nn.Module, batch: Batch, noise: torch.Generator) -> Tensor:
     """Mean cross entropy over the batch's targets, in nats."""
     logits = model(input_ids=batch["input_ids"]).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED)
@@ -93,7 +102,7 @@ def negative_log_likelihood(backbone: Backbone, examples: Examples) -> float:
     return total
 
 
-def evaluate(backbone: Backbone, examples: Examples, seed: int) -> Metrics:
+def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: int) -> Metrics:
     """Perplexity per word and per token and bits per byte; every token is scored exactly once.
 
     Word perplexity is exp(-log p of all tokens / words of the original text), so it compares across tokenizers; token
@@ -108,13 +117,13 @@ def evaluate(backbone: Backbone, examples: Examples, seed: int) -> Metrics:
     }
 
 
-def prompts(settings: Settings) -> tuple[str, ...]:
+def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:
     """The prompts of the settings, or a few that suit the bundled topics."""
     return settings.samples.prompts or PROMPTS
 
 
 @torch.inference_mode()
-def sample(backbone: Backbone, texts: Sequence[str], seed: int, length: int) -> list[Sample]:
+def sample(backbone: Backbone, texts: Sequence[str], seed: int, options: SampleSettings) -> list[Sample]:
     """One continuation per prompt, by nucleus sampling; the same seed gives the same texts.
 
     Raises:
@@ -130,7 +139,7 @@ def sample(backbone: Backbone, texts: Sequence[str], seed: int, length: int) -> 
         output = model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=length,
+            max_new_tokens=options.length,
             do_sample=True,
             temperature=0.8,
             top_p=0.95,
@@ -142,24 +151,45 @@ def sample(backbone: Backbone, texts: Sequence[str], seed: int, length: int) -> 
     return samples
 
 
+def encode(samples: Sequence[Sample]) -> bytes:
+    """The texts, one below the other, as UTF-8."""
+    return ("\n\n---\n\n".join(str(s.content).strip() for s in samples) + "\n").encode()
+
+
 def save_samples(folder: Path, samples: Mapping[str, Sequence[Sample]]) -> None:
     """One text file per name."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, texts in samples.items():
-        body = "\n\n---\n\n".join(s.content.strip() for s in texts)
-        (folder / f"{name}.txt").write_text(body + "\n", encoding="utf-8")
+        (folder / f"{name}.txt").write_bytes(encode(texts))
+
+
+def usage(backbone: Backbone) -> list[str]:
+    """How to load the adapter with PEFT."""
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({backbone.reference!r})",
+        "model = PeftModel.from_pretrained(base, FOLDER)  # the folder of this file",
+    ]
 
 
 TASK = Task(
     lora_targets=lora_targets,
+    hub_files=("*.json", "*.safetensors", "*.model", "*.txt", "README.md"),
+    weight_files=lambda folder: sorted(folder.rglob("*.safetensors")),
     load_backbone=load_backbone,
+    save_memory=save_memory,
     load_data=load_data,
     load_test=load_test,
     split=split,
-    loss=loss,
+    loss=lambda settings, backbone: cross_entropy,
     evaluate=evaluate,
     sample=sample,
     prompts=prompts,
+    render=Render(".txt", encode, printable=True),
     save_samples=save_samples,
+    export=lambda folder, backbone, adapter: None,  # PEFT's own format is what language models are loaded from
+    usage=usage,
     bundled_backbone="language",
 )

@@ -1,0 +1,337 @@
+"""Images as rows to train on: read once per machine, dealt to clients, encoded once where an autoencoder is in use."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedgen_app.data.cache import Arrays, cached, source_identity
+from fedgen_app.data.images import Pictures, load_images
+from fedgen_app.data.local import Split, holdout
+from fedgen_app.data.partition import Partition, partition
+from fedgen_app.errors import DataError
+from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.task import Examples, LocalData, Share
+from fedgen_app.runs.progress import step_bar
+from fedgen_app.seeds import derive
+from fedgen_app.settings import Settings, looks_like_path
+from fedgen_app.tasks._pipeline import Pipeline
+
+Array = NDArray[Any]
+
+VERSION = 1  # of what the caches hold
+ENCODED = 16  # images per forward pass of an autoencoder
+SHOWN = 10  # captions or classes that samples show where the user names none
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images that generated ones are compared with.
+
+    pixels: (n, h, w, channels) uint8; prompts: what each is an image of, n; labels: each one's class, n or none.
+    others: n other real images, which give the floor of every distance; fewer where there are no more.
+    own: These are a client's own: only a few numbers of them go to the server.
+    """
+
+    pixels: Array
+    prompts: tuple[str, ...]
+    labels: tuple[str, ...]
+    others: Array
+    own: bool = False
+
+
+def _local(source: str) -> bool:
+    return source == "bundled" or looks_like_path(source)
+
+
+def _read(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> Pictures | None:
+    return load_images(
+        source,
+        split,
+        resolution=settings.resolution or pipeline.resolution,
+        channels=pipeline.image_channels,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+    )
+
+
+def _key(settings: Settings, pipeline: Pipeline, source: str, split: str) -> dict[str, object]:
+    return {
+        "source": source_identity(source, split, "pictures"),
+        "columns": [settings.text_column, settings.label_column],
+        "resolution": settings.resolution or pipeline.resolution,
+        "channels": pipeline.image_channels,
+        "version": VERSION,
+    }
+
+
+def pictures(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> Pictures | None:
+    """The images of a source; local ones from the machine's cache of decoded images, where they are there.
+
+    Raises:
+        DataError: there is nothing to read.
+    """
+    if not _local(source):
+        return _from_hub(settings, pipeline, source, split)
+    absent: list[None] = []
+
+    def build() -> Arrays:
+        found = _read(settings, pipeline, source, split)
+        if found is None:
+            absent.append(None)
+            return {"absent": np.ones(1, np.uint8)}
+        return _packed(found)
+
+    arrays = cached("pictures", _key(settings, pipeline, source, split), build)
+    return None if "absent" in arrays else _unpacked(source, arrays)
+
+
+@functools.lru_cache(maxsize=2)
+def _from_hub(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> Pictures | None:
+    return _read(settings, pipeline, source, split)
+
+
+def _packed(found: Pictures) -> Arrays:
+    """Arrays of numbers only: texts as UTF-8 bytes and where each begins."""
+    arrays: Arrays = {"pixels": found.pixels, "skipped": np.array([found.skipped])}
+    for name, texts in (("labels", found.labels), ("captions", found.captions), ("classes", found.classes)):
+        if texts is not None:
+            encoded = [text.encode(errors="surrogatepass") for text in texts]
+            arrays[name] = np.frombuffer(b"".join(encoded), np.uint8)
+            arrays[f"{name}-starts"] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return arrays
+
+
+def _unpacked(name: str, arrays: Arrays) -> Pictures:
+    def texts(key: str) -> tuple[str, ...] | None:
+        if key not in arrays:
+            return None
+        whole, starts = arrays[key].tobytes(), arrays[f"{key}-starts"].tolist()
+        return tuple(whole[a:b].decode(errors="surrogatepass") for a, b in zip(starts[:-1], starts[1:], strict=True))
+
+    classes = texts("classes") or ()
+    return Pictures(name, arrays["pixels"], texts("labels"), texts("captions"), classes, int(arrays["skipped"][0]))
+
+
+def prompts_of(settings: Settings, found: Pictures) -> tuple[str, ...]:
+    """What each image is an image of: its caption, else the setting's wording of its label, else nothing."""
+    if found.captions is not None:
+        return found.captions
+    if found.labels is not None:
+        wordings = {label: settings.diffusion.caption.format(label) for label in set(found.labels)}
+        return tuple(wordings[label] for label in found.labels)
+    return ("",) * len(found)
+
+
+def _conditions(settings: Settings, pipeline: Pipeline, found: Pictures) -> tuple[str, ...]:
+    """What the denoiser is told of each image: a prompt, a class's name or number, or nothing."""
+    if pipeline.condition == "text":
+        return prompts_of(settings, found)
+    if pipeline.condition == "none":
+        return ("",) * len(found)
+    if found.labels is None:
+        raise DataError(f"{found.name}: a class-conditional backbone needs labels, and there are none")
+    if found.classes and not pipeline.classes:  # the data set's own numbering, which it declares
+        return tuple(str(found.classes.index(label)) for label in found.labels)
+    return found.labels
+
+
+def _moments(settings: Settings, pipeline: Pipeline, backbone: Backbone, found: Pictures) -> Array:
+    """Mean and log-variance of every image's latent, (n, 2 x channels, side, side) float32, computed once per machine.
+
+    They are kept rather than one draw of them, so that every epoch draws anew.
+    """
+
+    def build() -> Arrays:
+        parts, pixels = [], _channels_first(found.pixels)
+        with step_bar("encoding images") as on_step, torch.inference_mode():
+            for start in range(0, len(pixels), ENCODED):
+                images = torch.from_numpy(pixels[start : start + ENCODED]).to(pipeline.device, pipeline.dtype)
+                parts.append(pipeline.vae.encode(images / 127.5 - 1).latent_dist.parameters.float().cpu().numpy())
+                on_step(min(start + ENCODED, len(pixels)), len(pixels))
+        return {"moments": np.concatenate(parts)}
+
+    key = {
+        "pixels": _digest(found.pixels),
+        "backbone": backbone.fingerprint,
+        "dtype": str(pipeline.dtype),
+        "version": VERSION,
+    }
+    return cached("moments", key, build)["moments"]
+
+
+def _embeddings(pipeline: Pipeline, backbone: Backbone, distinct: Sequence[str]) -> Array:
+    """Hidden states of the empty prompt and of the distinct captions, (1 + captions, length, width) float32."""
+    texts = ["", *distinct]
+    key = {
+        "texts": hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest(),
+        "backbone": backbone.fingerprint,
+        "dtype": str(pipeline.dtype),
+        "version": VERSION,
+    }
+    return cached("prompts", key, lambda: {"hidden": pipeline.embed(texts).numpy()})["hidden"]
+
+
+def _digest(pixels: Array) -> str:
+    return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def _channels_first(pixels: Array) -> Array:
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A source as the denoiser takes it: one row per image, and what rows point into."""
+
+    rows: dict[str, Array]
+    shared: dict[str, Array]
+
+    def take(self, chosen: Array, reference: Reference | None = None) -> Examples:
+        """The rows of these images."""
+        rows = {name: torch.from_numpy(np.ascontiguousarray(array[chosen])) for name, array in self.rows.items()}
+        shared = {name: torch.from_numpy(array) for name, array in self.shared.items()}
+        return Examples(rows, {"images": len(chosen)}, shared, reference)
+
+
+def _encoded(settings: Settings, backbone: Backbone, found: Pictures) -> Encoded:
+    pipeline = cast(Pipeline, backbone.processor)
+    pipeline.side_for(settings.resolution)
+    rows: dict[str, Array] = {}
+    shared: dict[str, Array] = {}
+    if pipeline.has_vae:
+        rows["moments"] = _moments(settings, pipeline, backbone, found)
+    else:
+        rows["pixels"] = _channels_first(found.pixels)
+    conditions = _conditions(settings, pipeline, found)
+    if pipeline.condition == "class":
+        numbers = {label: pipeline.class_of(label) for label in set(conditions)}
+        rows["class"] = np.array([numbers[label] for label in conditions], np.int64)
+    elif pipeline.condition == "text":
+        distinct = sorted(set(conditions))
+        numbers = {text: number for number, text in enumerate(distinct, start=1)}
+        rows["caption"] = np.array([numbers[text] for text in conditions], np.int64)
+        if pipeline.learns_text:
+            shared["tokens"] = pipeline.tokens(["", *distinct]).numpy()
+        else:
+            shared["hidden"] = _embeddings(pipeline, backbone, distinct)
+    return Encoded(rows, shared)
+
+
+@functools.lru_cache(maxsize=1)
+def _training(settings: Settings, backbone: Backbone, source: str) -> tuple[Pictures, Encoded]:
+    """A source's training images; kept for the next client that this process serves."""
+    found = pictures(settings, cast(Pipeline, backbone.processor), source, "train")
+    if found is None:
+        raise DataError(f"{source}: no training images")
+    return found, _encoded(settings, backbone, found)
+
+
+def split(settings: Settings, backbone: Backbone, clients: int) -> Partition:
+    """Who owns which images of the training split."""
+    found = pictures(settings, cast(Pipeline, backbone.processor), settings.dataset, "train")
+    if found is None:
+        raise DataError(f"{settings.dataset}: no training images")
+    return _split(settings, found, clients)
+
+
+def _split(settings: Settings, found: Pictures, clients: int) -> Partition:
+    parts = settings.partition
+    return partition(
+        found.name,
+        found.labels,
+        found.captions,
+        count=len(found),
+        by=parts.by,
+        alpha=parts.alpha,
+        clients=clients,
+        seed=settings.seed,
+        min_examples=parts.min_examples,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _owners(settings: Settings, backbone: Backbone, clients: int) -> tuple[Array, ...]:
+    found, _ = _training(settings, backbone, settings.dataset)
+    key = {
+        "labels": hashlib.sha256(repr((found.labels, found.captions, len(found))).encode()).hexdigest(),
+        "partition": settings.partition.model_dump(),
+        "clients": clients,
+        "seed": settings.seed,
+        "version": VERSION,
+    }
+
+    def build() -> Arrays:
+        owned = _split(settings, found, clients).examples
+        return {"examples": np.concatenate(owned), "starts": np.cumsum([0, *map(len, owned)], dtype=np.int64)}
+
+    parts = cached("partition", key, build)
+    return tuple(np.split(parts["examples"], parts["starts"][1:-1]))
+
+
+def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData:
+    """One client's rows: its part of the partition, or all of a device's own folder, less a hold-out.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    source = share.folder or settings.dataset
+    if not source:
+        raise DataError("dataset = '': this client has no data of its own")
+    found, encoded = _training(settings, backbone, source)
+    owned = np.arange(len(found)) if share.folder else _owners(settings, backbone, share.count)[share.index]
+    if len(owned) == 0:
+        raise DataError(f"client {share.index} of {share.count} owns no image")
+    kept, held = holdout(len(owned), settings.holdout_fraction, derive(settings.seed, "holdout", share.index))
+    wanted, reference = settings.metrics.personal_samples, None
+    if wanted:
+        order = np.random.default_rng(derive(settings.seed, "reference", share.index)).permutation(owned)
+        reference = _reference(settings, backbone, found, order[:wanted], order[:0], own=True)
+    return LocalData(encoded.take(owned[kept]), encoded.take(owned[held], reference))
+
+
+def _reference(
+    settings: Settings, backbone: Backbone, found: Pictures, chosen: Array, others: Array, own: bool = False
+) -> Reference:
+    conditions = _conditions(settings, cast(Pipeline, backbone.processor), found)
+    labels = tuple(found.labels[i] for i in chosen) if found.labels is not None else ()
+    told = tuple(conditions[i] for i in chosen)
+    return Reference(found.pixels[chosen], told, labels, found.pixels[others], own)
+
+
+def load_test(settings: Settings, backbone: Backbone) -> Examples | None:
+    """The server's test images, at most ``test-sequences``, and the real ones that generated ones are compared with."""
+    pipeline = cast(Pipeline, backbone.processor)
+    found = pictures(settings, pipeline, settings.dataset, "test") if settings.dataset else None
+    if found is None:
+        return None
+    order = np.random.default_rng(derive(settings.seed, "test")).permutation(len(found))
+    wanted = min(settings.metrics.samples, len(order))
+    reference = _reference(settings, backbone, found, order[:wanted], order[wanted : 2 * wanted]) if wanted else None
+    rows = order[: settings.test_sequences] if settings.test_sequences else order
+    return _encoded(settings, backbone, found).take(np.sort(rows), reference)
+
+
+def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:
+    """The prompts of the settings, else one per class or caption of the data on this machine, else nothing.
+
+    A prompt that is generated from nothing is the empty text.
+    """
+    pipeline = cast(Pipeline, backbone.processor)
+    if settings.samples.prompts or pipeline.condition == "none":
+        return settings.samples.prompts or ("",) * SHOWN
+    if not settings.dataset:
+        return (
+            ("",) * SHOWN if pipeline.condition == "text" else tuple(map(str, range(min(SHOWN, pipeline.class_count))))
+        )
+    found = pictures(settings, pipeline, settings.dataset, "train")
+    if found is None:
+        raise DataError(f"{settings.dataset}: no training images")
+    return tuple(dict.fromkeys(_conditions(settings, pipeline, found)))[:SHOWN]

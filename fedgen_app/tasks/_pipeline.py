@@ -1,0 +1,260 @@
+"""A diffusers folder by what its components are: the denoiser, and what turns images and prompts into its inputs."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel
+
+from fedgen_app.errors import BackboneError, SettingsError
+
+Condition = Literal["none", "class", "text"]
+
+INDEX = "model_index.json"
+DENOISERS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+# Copies of the same weights in other types, and parts that are no part of generating.
+OTHER_COPIES = (".fp16.", ".bf16.", "non_ema", "safety_checker", "flax", "openvino")
+ENCODED = 64  # prompts per forward pass of a text encoder
+
+
+class Adapted(nn.Module):
+    """UNet and text encoder as one module: what carries the adapter where both of them learn."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """What belongs to a denoiser.
+
+    Attributes:
+        kind: The class that model_index.json names, such as ``StableDiffusionPipeline``.
+        denoiser: The denoiser's class.
+        part: The denoiser's place in the folder: ``unet`` or ``transformer``.
+        condition: What the denoiser is told beside the noisy image.
+        channels: Of the denoiser's input.
+        side: Height and width of the denoiser's input that it was made for.
+        classes: Names of the classes, where the folder has them; the class of no class is ``len`` of all classes.
+        class_count: Number of classes; 0 without.
+        schedule: The scheduler's configuration.
+        learns_text: The text encoder carries an adapter as well; prompts are then embedded in every step.
+    """
+
+    folder: Path
+    kind: str
+    denoiser: str
+    part: str
+    condition: Condition
+    channels: int
+    side: int
+    levels: int
+    class_count: int
+    classes: tuple[str, ...]
+    schedule: dict[str, Any]
+    has_vae: bool
+    device: torch.device
+    dtype: torch.dtype
+    learns_text: bool = False
+
+    @functools.cached_property
+    def noise(self) -> Any:
+        """The forward process, with the betas and the prediction of the folder's scheduler, whatever its class."""
+        return cast(Any, DDPMScheduler).from_config(self.schedule)
+
+    @functools.cached_property
+    def vae(self) -> Any:
+        """The autoencoder, loaded when first needed: the training loop never does."""
+        return _component(AutoencoderKL, self.folder, "vae", self.dtype, self.device)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the prompts."""
+        return _described(self.folder, "tokenizer", lambda f: AutoTokenizer.from_pretrained(f, local_files_only=True))
+
+    @functools.cached_property
+    def text_encoder(self) -> nn.Module:
+        """The frozen text encoder, loaded when first needed."""
+        return load_text_encoder(self.folder, self.dtype, self.device)
+
+    @functools.cached_property
+    def latent(self) -> dict[str, float]:
+        """Channels, downscaling, factor and shift of the latents; read without loading the autoencoder."""
+        config = json.loads((self.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        return {
+            "factor": float(config.get("scaling_factor") or 0.18215),
+            "shift": float(config.get("shift_factor") or 0.0),
+            "downscaling": 2 ** (len(config["block_out_channels"]) - 1),
+        }
+
+    @property
+    def image_channels(self) -> int:
+        """Of the images: 3 where an autoencoder makes them, else the denoiser's own."""
+        return 3 if self.has_vae else self.channels
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images that the backbone was made for, in pixels."""
+        return self.side * (int(self.latent["downscaling"]) if self.has_vae else 1)
+
+    def side_for(self, resolution: int) -> int:
+        """Side of the denoiser's input for images of ``resolution`` pixels (0: as it was made for).
+
+        Raises:
+            SettingsError: the denoiser cannot take such images.
+        """
+        if not resolution or resolution == self.resolution:
+            return self.side
+        if self.denoiser == "DiTTransformer2DModel":
+            raise SettingsError(f"resolution = {resolution}: this DiT takes {self.resolution} only; 0 says that")
+        step = (int(self.latent["downscaling"]) if self.has_vae else 1) * 2 ** (self.levels - 1)
+        if resolution % step:
+            raise SettingsError(f"resolution = {resolution}: should be a multiple of {step} for this backbone")
+        return resolution // (int(self.latent["downscaling"]) if self.has_vae else 1)
+
+    def tokens(self, prompts: list[str]) -> Tensor:
+        """Token ids, (prompts, length) int64; longer prompts are cut."""
+        length = self.tokenizer.model_max_length
+        limit = int(json.loads((self.folder / "text_encoder" / "config.json").read_text())["max_position_embeddings"])
+        encoded = self.tokenizer(
+            prompts, padding="max_length", max_length=min(length, limit), truncation=True, return_tensors="pt"
+        )
+        return cast(Tensor, encoded.input_ids)
+
+    @torch.inference_mode()
+    def embed(self, prompts: list[str]) -> Tensor:
+        """Hidden states of the frozen text encoder, (prompts, length, width) float32 on the CPU."""
+        pieces = torch.split(self.tokens(prompts), ENCODED)
+        return torch.cat([self.text_encoder(p.to(self.device)).last_hidden_state.float().cpu() for p in pieces])
+
+    def class_of(self, label: str) -> int:
+        """The number of a class from its name or its number.
+
+        Raises:
+            SettingsError: the backbone has no such class.
+        """
+        if label in self.classes:
+            return self.classes.index(label)
+        if label.isdecimal() and int(label) < self.class_count:
+            return int(label)
+        some = ", ".join(self.classes[:5]) or f"0 to {self.class_count - 1}"
+        raise SettingsError(f"label {label!r} is no class of this backbone; it knows {some}")
+
+
+def _described(folder: Path, part: str, load: Any) -> Any:
+    try:
+        return load(folder / part)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise BackboneError(f"{folder / part}: cannot be loaded: {first}") from None
+
+
+def _component(kind: Any, folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+    load = functools.partial(kind.from_pretrained, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    return _described(folder, part, load).requires_grad_(False).eval().to(device)
+
+
+def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A frozen CLIP text encoder."""
+
+    def load(place: Path) -> nn.Module:
+        return cast(
+            nn.Module,
+            CLIPTextModel.from_pretrained(place, dtype=dtype, use_safetensors=True, local_files_only=True),
+        )
+
+    encoder: nn.Module = _described(folder, "text_encoder", load)
+    return encoder.requires_grad_(False).eval().to(device)
+
+
+def components(folder: Path) -> dict[str, str]:
+    """The parts that model_index.json names and their classes; empty parts left out.
+
+    Raises:
+        BackboneError: the folder is no diffusers pipeline.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        named = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] is not None}
+        return {"pipeline": str(index["_class_name"])} | {part: str(pair[1]) for part, pair in named.items()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BackboneError(f"{folder}: no diffusers pipeline: {INDEX}: {error}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of the parts that generate, each once."""
+    parts = components(folder)
+    files = [f for part in sorted(parts) for f in sorted((folder / part).glob("*.safetensors"))]
+    return [f for f in files if not any(mark in str(f.relative_to(folder)) for mark in OTHER_COPIES)]
+
+
+def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Pipeline]:
+    """The denoiser of a folder and what belongs to it; each component by itself, whatever the pipeline's class.
+
+    Raises:
+        BackboneError: the folder is no pipeline, or one of a kind that is not known here.
+    """
+    parts = components(folder)
+    part = next((p for p in ("unet", "transformer") if parts.get(p) in DENOISERS), None)
+    if part is None or "scheduler" not in parts:
+        found = ", ".join(f"{p} ({kind})" for p, kind in parts.items() if p != "pipeline")
+        raise BackboneError(f"{folder}: no denoiser that is known here ({', '.join(DENOISERS)}) among {found}")
+    kind = getattr(diffusers, parts[part])
+    model = _component(kind, folder, part, dtype, device)
+    config = model.config
+    if config.get("addition_embed_type") or config.get("encoder_hid_dim_type"):
+        raise BackboneError(
+            f"{folder}: its UNet wants more than a prompt's hidden states (as SDXL's does): not known here"
+        )
+    condition: Condition = "none"
+    classes = int(config.get("num_class_embeds") or 0)
+    if parts[part] == "UNet2DConditionModel":
+        condition = "text"
+        if parts.get("text_encoder") != "CLIPTextModel" or "tokenizer" not in parts:
+            raise BackboneError(f"{folder}: a UNet2DConditionModel needs a tokenizer and a CLIPTextModel beside it")
+    elif parts[part] == "DiTTransformer2DModel":
+        condition, classes = "class", int(config.get("num_embeds_ada_norm") or 1000)
+    elif classes:
+        condition = "class"
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    names = {int(number): name for number, name in (index.get("id2label") or {}).items()}
+    schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    if "beta_schedule" not in schedule and "trained_betas" not in schedule:
+        raise BackboneError(f"{folder}: its {parts['scheduler']} has no beta schedule (flow matching?): not known here")
+    pipeline = Pipeline(
+        folder=folder,
+        kind=parts["pipeline"],
+        denoiser=parts[part],
+        part=part,
+        condition=condition,
+        channels=int(config["in_channels"]),
+        side=_side(config.get("sample_size"), folder),
+        levels=len(config.get("block_out_channels") or (1,)),
+        class_count=classes,
+        classes=tuple(str(names.get(number, number)) for number in range(classes)) if names else (),
+        schedule=schedule,
+        has_vae="vae" in parts,
+        device=device,
+        dtype=dtype,
+    )
+    if pipeline.has_vae and parts["vae"] != "AutoencoderKL":
+        raise BackboneError(f"{folder}: its autoencoder is a {parts['vae']}, not an AutoencoderKL")
+    return model, pipeline
+
+
+def _side(size: object, folder: Path) -> int:
+    if isinstance(size, int) and size > 0:
+        return size
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        return int(size[0])
+    raise BackboneError(f"{folder}: its denoiser's sample_size is {size!r}, should be one number")
