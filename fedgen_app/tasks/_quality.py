@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import io
 import pickle
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +46,20 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow turns RGB to grey
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000  # the field's usual size, where there are images enough
 MIN_PER_CLASS = 20
+
+# What torch.load says of damaged files, found by damaging some: its unpickler trusts their structure.
+DAMAGED = (
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 FloatArray = NDArray[np.float32]
 
@@ -191,7 +206,7 @@ def _inception(file: Path) -> tuple[str, str, nn.Module]:
     digest = hashlib.sha256(raw).hexdigest()
     try:
         state = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
+    except DAMAGED as error:
         said = str(error).partition("\n")[0]
         raise MetricError(f"{file} is no file of weights or is damaged: {said}") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
