@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedgen_app.data.cache import cached
+from fedgen_app.data.cache import cached, source_identity
 from fedgen_app.errors import DataError
 
 ARRAYS = {
@@ -93,7 +94,7 @@ def test_a_failed_build_leaves_nothing(folder: Path) -> None:
 def test_processes_that_ask_at_once_build_once(folder: Path) -> None:
     code = """
 import sys, time, pathlib, os, numpy as np
-from fedgen_app.data.cache import cached
+from fedgen_app.data.cache import cached, source_identity
 def build():
     (pathlib.Path(os.environ["FEDGEN_CACHE"]) / f"built-{os.getpid()}").touch()
     time.sleep(1.0)
@@ -125,3 +126,54 @@ def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     cached("toy", {}, lambda: {"x": np.ones(1)})
     only_file(tmp_path / "home" / ".cache" / "fedgen")
+
+
+def test_a_source_is_known_by_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "cats").mkdir(parents=True)
+    picture = folder / "cats" / "a.png"
+    picture.write_bytes(b"abc")
+    seen = [source_identity(str(folder), "train", "topics")]
+    assert source_identity(str(folder), "train", "pictures") == seen[0], "a folder is no bundled asset"
+    seen.append(source_identity(str(folder), "test", "topics"))
+    seen.append(source_identity(str(picture), "train", "topics"))
+    picture.write_bytes(b"abcd")
+    seen.append(source_identity(str(folder), "train", "topics"))
+    os.utime(picture, ns=(1, 1))
+    seen.append(source_identity(str(folder), "train", "topics"))
+    picture.rename(folder / "cats" / "b.png")
+    seen.append(source_identity(str(folder), "train", "topics"))
+    (folder / "empty.png").touch()
+    seen.append(source_identity(str(folder), "train", "topics"))
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_bundled_source_is_known_by_the_asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("topics", "pictures"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train").write_text("a")
+    monkeypatch.setattr("fedgen_assets.path", lambda name: tmp_path / name)
+    topics = source_identity("bundled", "train", "topics")
+    assert topics != source_identity("bundled", "train", "pictures")
+    (tmp_path / "pictures" / "train").write_text("ab")
+    assert topics == source_identity("bundled", "train", "topics")
+
+
+def test_a_source_whose_files_vanish_is_another_source(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").touch()
+    before = source_identity(str(tmp_path / "data"), "train", "topics")
+    (tmp_path / "data" / "a.txt").unlink()
+    (tmp_path / "data").rmdir()
+    assert source_identity(str(tmp_path / "data"), "train", "topics") != before
+
+
+def test_one_relative_path_in_two_places_is_two_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "a.txt").touch()
+        os.utime(tmp_path / place / "a.txt", ns=(1, 1))
+        monkeypatch.chdir(tmp_path / place)
+        seen.add(source_identity("a.txt", "train", "topics"))
+    assert len(seen) == 2

@@ -1,1 +1,1 @@
-"""What a client owns: its documents, how they are dealt out in simulation, and arrays worth keeping."""
+"""What a client owns: its documents or images, how they are dealt out in simulation, and arrays worth keeping."""

@@ -73,12 +73,19 @@ def cached(kind: str, key: Mapping[str, object], build: Callable[[], Arrays]) ->
 def source_identity(source: str, split: str, bundled: str) -> str:
     """What a cache of a local source hangs on: a digest of its files' names, sizes and times, and of the split.
 
-    source: "bundled", whose files are those of the asset ``bundled``; a file; or a folder.
+    source: "bundled", whose files are those of the asset ``bundled``; a file; or a folder, with all that lies below.
+    Where nothing is there, the digest is of no file: whoever reads it then says so better than could be said here.
+
+    Raises DataError where it cannot be listed.
     """
     place = fedgen_assets.path(bundled) if source == "bundled" else Path(source).expanduser()
-    files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
-    facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hashlib.sha256(repr((split, facts)).encode()).hexdigest()
+    try:
+        files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
+        facts = [(str(f), (found := f.stat()).st_size, found.st_mtime_ns) for f in files]
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error}") from error
+    # The path as it is given can mean one folder today and, from another working directory, another.
+    return hashlib.sha256(repr((split, str(place.resolve()), facts)).encode()).hexdigest()
 
 
 def _folder() -> Path:

@@ -89,7 +89,7 @@ def load_images(
             file = path / f"{split}.npz"
             if not file.is_file():
                 _absent(split, f"{path} holds no {file.name}")
-            return None
+                return None
             return _from_npz(file, name, resolution, channels)
         if any(path.glob("*idx3-ubyte*")):
             return _from_idx(path, name, split, resolution, channels)

@@ -16,7 +16,7 @@ from fedgen_app.data.local import IntArray
 from fedgen_app.errors import DataError
 
 TOPICS = 10
-DOCUMENTS_PER_TOPIC = 5  # fewer documents than this, times TOPICS, make fewer topics
+TEXTS_PER_TOPIC = 5  # fewer texts than this, times TOPICS, make fewer topics
 TOPIC_WORDS = 3
 VOCABULARY = 20_000
 KMEANS_STARTS = 2
@@ -77,7 +77,7 @@ def partition(
     if by == "topic":
         if texts is None:
             raise DataError(f"partition.by is topic, but {name} has no texts: set partition.by to label or iid")
-        labels = _topics(texts, seed)
+        labels = _topics(name, texts, seed)
     elif labels is None:
         raise DataError(
             f"partition.by is label, but {name} is read without labels: set label-column, or partition.by to topic "
@@ -92,7 +92,7 @@ def _deal_evenly(count: int, clients: int, seed: int) -> tuple[IntArray, ...]:
 
     # IidPartitioner cuts what it is given into consecutive shards, so the shuffling is ours.
     partitioner = IidPartitioner(clients)
-    partitioner.dataset = Dataset.from_dict({"document": np.random.default_rng(seed).permutation(count)})
+    partitioner.dataset = Dataset.from_dict({"example": np.random.default_rng(seed).permutation(count)})
     return _owned(partitioner, clients)
 
 
@@ -104,7 +104,7 @@ def _deal_skewed(
 
     # Numbers, not the labels themselves: the partitioner compares numpy strings, which drop trailing NULs.
     numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
-    dataset = Dataset.from_dict({"document": range(len(labels)), "label": [numbers[label] for label in labels]})
+    dataset = Dataset.from_dict({"example": range(len(labels)), "label": [numbers[label] for label in labels]})
     for own_seed in np.random.SeedSequence(seed).generate_state(DIRICHLET_SEEDS):
         partitioner = DirichletPartitioner(
             clients,
@@ -134,11 +134,11 @@ def _deal_skewed(
 
 def _owned(partitioner: Any, clients: int) -> tuple[IntArray, ...]:
     return tuple(
-        np.sort(np.asarray(partitioner.load_partition(client)["document"][:], np.int64)) for client in range(clients)
+        np.sort(np.asarray(partitioner.load_partition(client)["example"][:], np.int64)) for client in range(clients)
     )
 
 
-def _topics(texts: Sequence[str], seed: int) -> tuple[str, ...]:
+def _topics(name: str, texts: Sequence[str], seed: int) -> tuple[str, ...]:
     """Give each text the name of its topic: its number and its strongest words."""
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -148,12 +148,12 @@ def _topics(texts: Sequence[str], seed: int) -> tuple[str, ...]:
     try:
         vectors = vectorizer.fit_transform(texts)
     except ValueError as error:
-        raise DataError(f"partition.by is topic, but the documents have no words to go by ({error})") from error
-    count = min(TOPICS, max(1, len(texts) // DOCUMENTS_PER_TOPIC))
+        raise DataError(f"partition.by is topic, but the texts of {name} have no words to go by ({error})") from error
+    count = min(TOPICS, max(1, len(texts) // TEXTS_PER_TOPIC))
     kmeans = KMeans(count, n_init=KMEANS_STARTS, random_state=seed)
     # One thread: several add up a centre in the order in which they finish, which is not the same twice.
     with threadpool_limits(limits=1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer distinct documents than topics leave a topic empty
+        warnings.simplefilter("ignore")  # fewer distinct texts than topics leave a topic empty
         topics = kmeans.fit_predict(vectors)
     words = vectorizer.get_feature_names_out()
     strongest = np.argsort(-kmeans.cluster_centers_, axis=1, kind="stable")[:, :TOPIC_WORDS]
@@ -192,7 +192,7 @@ def plot_partition(split: Partition, file: Path) -> None:
 
 
 def _count(split: Partition) -> tuple[list[str], IntArray]:
-    """Names of the labels to show, and the documents of each by client, shape (labels, clients).
+    """Names of the labels to show, and the examples of each by client, shape (labels, clients).
 
     The rarest of too many labels are counted together, at the end.
     """
@@ -204,9 +204,9 @@ def _count(split: Partition) -> tuple[list[str], IntArray]:
     if others:
         names.append(f"{others} other labels")
     counts = np.zeros((len(names), len(split.examples)), np.int64)
-    for client, documents in enumerate(split.examples):
-        for document in documents:
-            counts[rows.get(labels[document], len(rows)), client] += 1
+    for client, examples in enumerate(split.examples):
+        for example in examples:
+            counts[rows.get(labels[example], len(rows)), client] += 1
     return names, counts
 
 
