@@ -22,13 +22,16 @@ from diffusers import (
 from helpers import tiny_config, workspace, write_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from fedgen_app.learning import adapters
+from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.settings import Settings, Value
 
 SIDE = 16  # pixels of every test image
 CLASSES = ("disc", "square", "cross")
+PROMPT_TOKENS = 16  # "a photo of a disc" is 13 of them; longer prompts are cut
 
 
-def make_unet(channels: int, width: int, conditional: bool = True) -> torch.nn.Module:
+def make_unet(channels: int, width: int, conditional: bool = True, classes: int | None = None) -> torch.nn.Module:
     """Two blocks, the lower one with attention; its last layer is no zero, so that everything it is told matters."""
     if not conditional:
         return UNet2DModel(
@@ -41,6 +44,7 @@ def make_unet(channels: int, width: int, conditional: bool = True) -> torch.nn.M
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
             attention_head_dim=8,
             norm_num_groups=4,
+            num_class_embeds=classes,
         )
     return UNet2DConditionModel(
         sample_size=SIDE,
@@ -76,14 +80,16 @@ def save_text_parts(folder: Path, width: int) -> None:
     (folder / "tokenizer").mkdir(parents=True)
     size = write_tokenizer(folder / "tokenizer")
     file = folder / "tokenizer" / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 8, "pad_token": "<|end|>"}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"model_max_length": PROMPT_TOKENS, "pad_token": "<|end|>"})
+    )
     config = CLIPTextConfig(
         vocab_size=size,
         hidden_size=width,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=8,
+        max_position_embeddings=PROMPT_TOKENS,
         eos_token_id=0,
         bos_token_id=0,
         pad_token_id=0,
@@ -115,6 +121,12 @@ def save_index(folder: Path, unet: torch.nn.Module, scheduler: DDPMScheduler, va
 def make_unconditional(folder: Path) -> None:
     """DDPMPipeline, grey, noise prediction."""
     DDPMPipeline(make_unet(1, 0, conditional=False), DDPMScheduler(100)).save_pretrained(folder)
+
+
+def make_classes(folder: Path) -> None:
+    """DDPMPipeline, grey, told a class by its number."""
+    unet = make_unet(1, 0, conditional=False, classes=len(CLASSES))
+    DDPMPipeline(unet, DDPMScheduler(100)).save_pretrained(folder)
 
 
 def make_text(folder: Path) -> None:
@@ -154,6 +166,7 @@ def make_dit(folder: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "unconditional": make_unconditional,
+    "classes": make_classes,
     "text": make_text,
     "latent": make_latent,
     "dit": make_dit,
@@ -195,10 +208,10 @@ def tiny_images() -> Path:
 
 
 def image_config(output: Path, kind: str = "text", **overrides: Value) -> dict[str, Value]:
-    """A whole run config of a few seconds."""
+    """A whole run config of a few seconds; ``kind`` may also be the folder of a pipeline."""
     chosen: dict[str, Value] = {
         "task": "diffusion",
-        "backbone": str(tiny_pipeline(kind)),
+        "backbone": str(tiny_pipeline(kind) if kind in MAKERS else kind),
         "dataset": str(tiny_images()),
         "label_column": "",
         "metrics__samples": 12,
@@ -214,3 +227,11 @@ def image_config(output: Path, kind: str = "text", **overrides: Value) -> dict[s
 def image_settings(kind: str = "text", **overrides: Value) -> Settings:
     """The same as settings, of a run without a folder."""
     return Settings.from_run_config(image_config(Path(), kind, **overrides))
+
+
+def loud(kind: str = "text", **overrides: Value) -> Backbone:
+    """A backbone with an adapter in it that changes what it draws."""
+    opened = open_backbone(image_settings(kind, **overrides))
+    generator = torch.Generator().manual_seed(7)
+    adapters.write(opened.model, {key: torch.randn(shape, generator=generator) / 4 for key, shape in opened.layout})
+    return opened

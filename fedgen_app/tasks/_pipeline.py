@@ -89,9 +89,10 @@ class Pipeline:
 
     @functools.cached_property
     def latent(self) -> dict[str, float]:
-        """Channels, downscaling, factor and shift of the latents; read without loading the autoencoder."""
-        config = json.loads((self.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        """Channels, factor, shift and downscaling of the latents; read without loading the autoencoder."""
+        config = _facts(self.folder, "vae", "config.json")
         return {
+            "channels": int(config.get("latent_channels") or 4),
             "factor": float(config.get("scaling_factor") or 0.18215),
             "shift": float(config.get("shift_factor") or 0.0),
             "downscaling": 2 ** (len(config["block_out_channels"]) - 1),
@@ -125,7 +126,7 @@ class Pipeline:
     def tokens(self, prompts: list[str]) -> Tensor:
         """Token ids, (prompts, length) int64; longer prompts are cut."""
         length = self.tokenizer.model_max_length
-        limit = int(json.loads((self.folder / "text_encoder" / "config.json").read_text())["max_position_embeddings"])
+        limit = int(_facts(self.folder, "text_encoder", "config.json")["max_position_embeddings"])
         encoded = self.tokenizer(
             prompts, padding="max_length", max_length=min(length, limit), truncation=True, return_tensors="pt"
         )
@@ -157,6 +158,12 @@ def _described(folder: Path, part: str, load: Any) -> Any:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise BackboneError(f"{folder / part}: cannot be loaded: {first}") from None
+
+
+def _facts(folder: Path, part: str, name: str) -> dict[str, Any]:
+    """A component's configuration."""
+    found: dict[str, Any] = _described(folder, part, lambda f: json.loads((f / name).read_text(encoding="utf-8")))
+    return found
 
 
 def _component(kind: Any, folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -212,7 +219,10 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> tup
     kind = getattr(diffusers, parts[part])
     model = _component(kind, folder, part, dtype, device)
     config = model.config
-    if config.get("addition_embed_type") or config.get("encoder_hid_dim_type"):
+    beside = ["addition_embed_type", "encoder_hid_dim_type"]
+    if parts[part] == "UNet2DConditionModel":
+        beside += ["class_embed_type", "num_class_embeds"]
+    if any(config.get(name) for name in beside):
         raise BackboneError(
             f"{folder}: its UNet wants more than a prompt's hidden states (as SDXL's does): not known here"
         )
@@ -228,7 +238,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> tup
         condition = "class"
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     names = {int(number): name for number, name in (index.get("id2label") or {}).items()}
-    schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    schedule = _facts(folder, "scheduler", "scheduler_config.json")
     if "beta_schedule" not in schedule and "trained_betas" not in schedule:
         raise BackboneError(f"{folder}: its {parts['scheduler']} has no beta schedule (flow matching?): not known here")
     pipeline = Pipeline(
@@ -249,6 +259,11 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> tup
     )
     if pipeline.has_vae and parts["vae"] != "AutoencoderKL":
         raise BackboneError(f"{folder}: its autoencoder is a {parts['vae']}, not an AutoencoderKL")
+    if pipeline.has_vae and pipeline.channels != pipeline.latent["channels"]:
+        made = int(pipeline.latent["channels"])
+        raise BackboneError(
+            f"{folder}: its denoiser takes {pipeline.channels} channels, its autoencoder makes {made} (inpainting?)"
+        )
     return model, pipeline
 
 
