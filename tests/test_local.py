@@ -76,6 +76,13 @@ def test_a_folder_without_splits_trains_on_everything_in_order(tmp_path: Path) -
     assert load_corpus(str(tmp_path), "test") is None
 
 
+def test_brackets_and_stars_in_a_name_are_no_patterns(tmp_path: Path) -> None:
+    folder = tmp_path / "a [few]*"
+    folder.mkdir()
+    (folder / "[1].csv").write_text("text\na\n")
+    assert train(folder).texts == ("a",)
+
+
 def test_a_downloaded_hub_folder(tmp_path: Path) -> None:
     parquet(tmp_path / "data" / "train-00000-of-00002.parquet", text=["a"])
     parquet(tmp_path / "data" / "train-00001-of-00002.parquet", text=["b"])

@@ -1,10 +1,11 @@
-"""Read documents: bundled topics, a file, a folder or a data set of the hub."""
+"""Read documents: bundled topics, a file, a folder or a data set of the hub; and what reading images shares."""
 
 from __future__ import annotations
 
+import glob
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,14 +66,15 @@ def load_corpus(source: str, split: Split, *, text_column: str = "text", label_c
         import fedgen_assets
 
         name, label_column = "bundled topics", label_column or "topic"
-        files = _split_files(Path(fedgen_assets.path("topics")), split)
+        files = split_files(Path(fedgen_assets.path("topics")), split)
     elif path.is_file():
         name, files = path.name, [path] if split == "train" else []
     elif path.is_dir():
         name = path.resolve().name
         if is_saved(path):
-            return _saved(path, split, text_column, label_column)
-        files = _split_files(path, split)
+            dataset = saved_dataset(path, split)
+            return None if dataset is None else _records(name, dataset, str(path), text_column, label_column)
+        files = split_files(path, split)
     else:
         dataset = hub_dataset(source, split)
         return None if dataset is None else _records(source, dataset, source, text_column, label_column)
@@ -100,13 +102,16 @@ def holdout(count: int, fraction: float, seed: int) -> tuple[IntArray, IntArray]
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def _split_files(folder: Path, split: Split) -> list[Path]:
-    """Give the files of ``split`` in ``folder`` or, as hub downloads have it, in ``folder/data``."""
-    files = _supported(folder) or _supported(folder / "data")
+def split_files(folder: Path, split: Split, endings: Collection[str] = tuple(BUILDERS)) -> list[Path]:
+    """Give the files of ``split`` in ``folder`` or, as hub downloads have it, in ``folder/data``.
+
+    Raises DataError where no file has one of the ``endings``, or none is for training.
+    """
+    files = _ending(folder, endings) or _ending(folder / "data", endings)
     if not files:
         folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
         inside = f"; its subfolders: {', '.join(folders)}" if folders else ""
-        raise DataError(f"{folder} holds no file of kind {' '.join(BUILDERS)}{inside}")
+        raise DataError(f"{folder} holds no file of kind {' '.join(endings)}{inside}")
     roles = {file: match[1].lower() if (match := _ROLE.fullmatch(file.stem)) else "" for file in files}
     wanted = [file for file in files if roles[file] == split]
     if split == "train" and not wanted:
@@ -117,11 +122,11 @@ def _split_files(folder: Path, split: Split) -> list[Path]:
     return wanted
 
 
-def _supported(folder: Path) -> list[Path]:
+def _ending(folder: Path, endings: Collection[str]) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(
-        file for file in folder.iterdir() if file.suffix.lower() in BUILDERS and file.name[0] != "." and file.is_file()
+        file for file in folder.iterdir() if file.suffix.lower() in endings and file.name[0] != "." and file.is_file()
     )
 
 
@@ -137,11 +142,15 @@ def _kind_of(files: Sequence[Path], source: str) -> str:
 def _plain(name: str, files: Iterable[Path], source: str, text_column: str, label_column: str) -> Corpus:
     # Read here and not by `datasets`, which turns \r\n into \n.
     _check_columns(["text"], [text_column, label_column], source)
-    texts = tuple(piece for file in files for piece in _pieces(_decoded(file)))
+    texts = tuple(piece for file in files for piece in _pieces(utf8_text(file)))
     return _checked(Corpus(name, texts, None, running=True, skipped=0), source)
 
 
-def _decoded(file: Path) -> str:
+def utf8_text(file: Path) -> str:
+    """All of a file, line ends as they are.
+
+    Raises DataError where it cannot be read or is not UTF-8.
+    """
     try:
         return file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -169,7 +178,7 @@ def _pieces(text: str) -> Iterator[str]:
 def _read_records(kind: str, files: Sequence[Path], source: str, columns: Sequence[str]) -> Dataset:
     if kind != "parquet":
         for file in files:  # checked here: the readers differ in what they let pass, and none names the byte
-            _decoded(file)
+            utf8_text(file)
     filled = [str(file) for file in files if file.stat().st_size]
     if not filled:
         raise DataError(f"{source} holds no document: it is empty")
@@ -178,7 +187,10 @@ def _read_records(kind: str, files: Sequence[Path], source: str, columns: Sequen
     try:
         if kind == "csv":
             options = _csv_options(filled[0], columns, source)
-        return datasets.load_dataset(kind, data_files={"train": filled}, split="train", **options)
+        # A bracket or a star in a name is no pattern.
+        return datasets.load_dataset(
+            kind, data_files={"train": [glob.escape(file) for file in filled]}, split="train", **options
+        )
     except DataError:
         raise
     except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
@@ -199,28 +211,30 @@ def is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _saved(folder: Path, split: Split, text_column: str, label_column: str) -> Corpus | None:
+def saved_dataset(folder: Path, split: Split) -> Dataset | None:
+    """One split of what ``datasets.save_to_disk`` wrote; None where there is no test split.
+
+    Raises DataError where it is damaged or has no training split.
+    """
     datasets = quiet_datasets()
     try:
         found = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder} cannot be read as a saved data set: {error}") from error
-    splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
-    dataset = choose_split(splits, split, str(folder))
-    if dataset is None:
-        return None
-    return _records(folder.resolve().name, dataset, str(folder), text_column, label_column)
+    return choose_split(found if isinstance(found, datasets.DatasetDict) else {"train": found}, split, str(folder))
 
 
-def hub_dataset(source: str, split: Split) -> Dataset | None:
+def hub_dataset(source: str, split: Split, endings: Collection[str] = tuple(BUILDERS)) -> Dataset | None:
     """One split of a hub data set ``owner/name[:config][@revision]``; None where there is no test split.
+
+    endings: what a file could have been: an id with one of them is a file that is missing.
 
     Raises DataError where it is no such id, or the hub does not give it.
     """
     match = _HUB_ID.fullmatch(source)
-    if match is None or Path(source).suffix.lower() in BUILDERS:
+    if match is None or Path(source).suffix.lower() in endings:
         raise DataError(
-            f"{source}: no such file or folder; allowed: bundled, a file ({' '.join(BUILDERS)}), a folder, "
+            f"{source}: no such file or folder; allowed: bundled, a file ({' '.join(endings)}), a folder, "
             "or a hub id owner/name[:config][@revision]"
         )
     name = match["name"]
