@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedgen_app.errors import BackboneError, MetricError, SettingsError
 from fedgen_app.learning.adapters import pairs
@@ -25,11 +27,23 @@ from fedgen_app.tasks import _grid
 from fedgen_app.tasks._pictures import Reference, load_data, load_test, prompts, split
 from fedgen_app.tasks._pipeline import Adapted, Pipeline, load_text_encoder, open_pipeline, weight_files
 
+PARTS = ("unet", "transformer", "vae", "text_encoder")
 # Attention projections, as the LoRA scripts of diffusers take them; in CLIP's text encoder they have other names.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 CONVOLUTIONS = ("conv1", "conv2")
+# Each weight once: not the copies in other types, not the safety checker.
+HUB_FILES = (
+    "model_index.json",
+    "README.md",
+    "scheduler/*.json",
+    "tokenizer/*",
+    *(f"{part}/config.json" for part in PARTS),
+    *(f"{part}/*model{shard}.safetensors" for part in PARTS for shard in ("", "-*-of-*")),
+    *(f"{part}/*model.safetensors.index.json" for part in PARTS),
+)
 MEASURED_ROWS = 64  # per forward pass of an evaluation
+PLAIN_PLACES = 256  # at most: attention over so few may keep the products of all pairs
 LEAST_DRAWS = 512  # of noise in an evaluation: a small hold-out is measured several times over
 log = logging.getLogger(__name__)
 LOADED_BY_DIFFUSERS = "StableDiffusionPipeline"
@@ -145,6 +159,18 @@ def _numbers(pipeline: Pipeline, batch: Batch) -> Tensor | None:
     return {"text": batch.get("caption"), "class": batch.get("class"), "none": None}[pipeline.condition]
 
 
+def _plain_attention(settings: Settings, backbone: Backbone) -> bool:
+    """Whether training is faster with plain products in the attention of a UNet, and has the memory for them.
+
+    On a CPU the fused attention's backward pass is slow: without it a step of the bundled UNet takes 0.7 of the time.
+    """
+    pipeline, model = cast(Pipeline, backbone.processor), cast(Any, backbone.model.get_base_model())
+    blocks = (model.unet if pipeline.learns_text else model).config.get("down_block_types", ())
+    level = next((level for level, kind in enumerate(blocks) if "Attn" in kind), len(blocks) - 1)
+    places = (pipeline.side_for(settings.resolution) >> max(level, 0)) ** 2
+    return backbone.device.type == "cpu" and places <= PLAIN_PLACES
+
+
 def loss(settings: Settings, backbone: Backbone) -> Loss:
     """The denoising objective of DDPM (arXiv 2006.11239, equation 14), of the noise or the velocity.
 
@@ -153,6 +179,7 @@ def loss(settings: Settings, backbone: Backbone) -> Loss:
     """
     pipeline = cast(Pipeline, backbone.processor)
     gamma, dropout = settings.diffusion.min_snr, settings.diffusion.caption_dropout
+    plain = not settings.gradient_checkpointing and _plain_attention(settings, backbone)
 
     def denoising(model: nn.Module, batch: Batch, noise: torch.Generator) -> Tensor:
         rows = next(batch[name] for name in ("pixels", "moments") if name in batch)
@@ -161,7 +188,8 @@ def loss(settings: Settings, backbone: Backbone) -> Loss:
         if pipeline.condition == "text" and numbers is not None and dropout:
             left_out = torch.rand(len(rows), generator=noise, device=rows.device) < dropout
             numbers = numbers.masked_fill(left_out, 0)
-        errors = _errors(pipeline, model, batch, timesteps, noise, numbers)
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            errors = _errors(pipeline, model, batch, timesteps, noise, numbers)
         return (errors * _weights(pipeline, timesteps, gamma) if gamma else errors).mean()
 
     return denoising
@@ -199,7 +227,10 @@ def _scheduler(pipeline: Pipeline, options: SampleSettings) -> Any:
             pipeline.schedule, clip_sample=clips, timestep_spacing="trailing"
         )
     else:
-        scheduler = cast(Any, DPMSolverMultistepScheduler).from_config(pipeline.schedule, timestep_spacing="trailing")
+        # Without variance_type: the learned variance's channels, which it would cut off, are gone already.
+        scheduler = cast(Any, DPMSolverMultistepScheduler).from_config(
+            pipeline.schedule, timestep_spacing="trailing", variance_type=None
+        )
     scheduler.set_timesteps(min(options.steps, len(pipeline.noise)), device=pipeline.device)
     return scheduler
 
@@ -278,14 +309,23 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
     """
     measured: Metrics = {}
     if isinstance(examples.reference, Reference):
-        measured = _quality_of(settings, backbone, examples.reference, seed)
+        try:
+            measured = _quality_of(settings, backbone, examples.reference, seed)
+        except MetricError as error:
+            if not examples.reference.own:
+                raise
+            # Too few images, or no extractor on this device: no reason to go without a personal adapter.
+            log.warning("KID is not measured: %s", error)
         if examples.reference.own:
-            measured = {name: measured[name] for name in ("kid", "kid_std")}
+            measured = {name: measured[name] for name in ("kid", "kid_std") if name in measured}
     return {**measured, "denoising_loss": denoising_loss(backbone, examples, seed)}
 
 
 def _quality_of(settings: Settings, backbone: Backbone, real: Reference, seed: int) -> Metrics:
-    from fedgen_app.tasks import _quality
+    try:
+        from fedgen_app.tasks import _quality
+    except ModuleNotFoundError as error:
+        raise MetricError(f"metrics.samples needs {error.name}: pip install 'fedgen-edge[sim]'") from None
 
     pipeline = cast(Pipeline, backbone.processor)
     side = pipeline.side_for(settings.resolution)
@@ -391,7 +431,7 @@ def usage(backbone: Backbone) -> list[str]:
 
 TASK = Task(
     lora_targets=lora_targets,
-    hub_files=("model_index.json", "README.md", "*/*.json", "*/*.txt", "*/*.safetensors"),
+    hub_files=HUB_FILES,
     weight_files=weight_files,
     load_backbone=load_backbone,
     save_memory=save_memory,
