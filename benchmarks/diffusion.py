@@ -371,8 +371,9 @@ def measure(args: argparse.Namespace, scratch: Path) -> str:
     title = f"Training, {turns} turns of {batches} batches: our time over the other's"
     result = show(title, training)
     result += (
-        f"\nThe latent model's caches are filled once per device, outside these times: that took {filled:.1f} times as long "
-        "as\nthe stock loop takes for one pass over the same images, reading them and writing the files included.\n"
+        "\nThe latent model's caches are filled once per device, outside these times: that took "
+        f"{filled:.1f} times as long\nas the stock loop takes for one pass over the same images, reading them and "
+        "writing the files included.\n"
     )
     result += show(f"Sampling, {turns} turns of a batch, DDIM, {args.steps} steps, guidance {GUIDANCE:g}", sampling)
     result += show("Operations of a forward pass per image, the UNet's as 1", relations(folder))
