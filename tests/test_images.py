@@ -281,6 +281,9 @@ def test_class_folders(tmp_path: Path) -> None:
     assert (found.labels, found.captions, found.classes) == (("cat", "cat", "dog", "dog"), None, ())
     assert colours(found)[:3] == [GREEN, BLUE, RED] and found.skipped == 0 and found.name == "a [few]*"
     assert load_images(str(tmp_path / "a [few]*"), "test", resolution=8) is None
+    write(tmp_path / "eels", {"e.png": png(GREEN)})
+    (tmp_path / "a [few]*" / "eel").symlink_to(tmp_path / "eels")
+    assert train(tmp_path / "a [few]*").labels == ("cat", "cat", "dog", "dog", "eel")
 
 
 @pytest.mark.parametrize(
@@ -535,9 +538,11 @@ def test_broken_images_are_skipped_and_counted(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_images_that_a_table_names_and_are_not_there(tmp_path: Path) -> None:
-    table = "file_name,text\nmissing.png,gone\na.png,here\nsub,a folder\nx\0.png,odd\n"
+    table = "file_name,text\nmissing.png,gone\na.png,here,and,more\nsub,a folder\nx\0.png,odd\n"
     found = train(write(tmp_path, {"a.png": png(), "sub/b.txt": "x", "metadata.csv": table}))
     assert (found.captions, found.skipped) == (("here",), 3)
+    with pytest.raises(DataError, match="no column 'nothing'; its columns: text$"):
+        train(tmp_path, text_column="nothing")
 
 
 # Data sets of `datasets`

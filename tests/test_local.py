@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedgen_app.data.local import Corpus, holdout, load_corpus
+from fedgen_app.data.local import Corpus, files_below, holdout, label_name, load_corpus
 from fedgen_app.errors import DataError
 
 
@@ -143,6 +143,25 @@ def test_saved_data_sets_and_class_names(tmp_path: Path) -> None:
     DatasetDict({"dev": data}).save_to_disk(tmp_path / "dev")
     with pytest.raises(DataError, match="no split train, only dev"):
         train(tmp_path / "dev")
+
+
+def test_class_numbers_beyond_the_names(tmp_path: Path) -> None:
+    feature = SimpleNamespace(names=["cat", "dog"])
+    assert [label_name(value, feature) for value in (0, 1, -1, None)] == ["cat", "dog", "none", "none"]
+    for value in (2, -2):
+        with pytest.raises(DataError, match=f"label {value} has no name; there are 2 names"):
+            label_name(value, feature)
+
+
+def test_files_below_a_folder(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    for file in (folder / "b" / "2", folder / "a", folder / ".hidden", folder / ".git" / "x", elsewhere / "1"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "b" / "round").symlink_to(folder)
+    names = [str(file.relative_to(folder)) for file in files_below(folder)]
+    assert names == ["a", "b/2", "linked/1"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import fedgen_assets
+from fedgen_app.data.local import files_below
 from fedgen_app.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -73,14 +74,16 @@ def cached(kind: str, key: Mapping[str, object], build: Callable[[], Arrays]) ->
 def source_identity(source: str, split: str, bundled: str) -> str:
     """What a cache of a local source hangs on: a digest of its files' names, sizes and times, and of the split.
 
-    source: "bundled", whose files are those of the asset ``bundled``; a file; or a folder, with all that lies below.
-    Where nothing is there, the digest is of no file: whoever reads it then says so better than could be said here.
+    source: "bundled", whose files are those of the asset ``bundled``; a file; or a folder, with all that lies below
+    but hidden files. Where nothing is there, the digest is of no file: whoever reads it then says so better than could
+    be said here.
 
     Raises DataError where it cannot be listed.
     """
     place = fedgen_assets.path(bundled) if source == "bundled" else Path(source).expanduser()
     try:
-        files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
+        below = files_below(place) if place.is_dir() else [place]
+        files = [file for file in below if file.is_file()]
         facts = [(str(f), (found := f.stat()).st_size, found.st_mtime_ns) for f in files]
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error}") from error

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fedgen_app.data.local import (
     Split,
+    files_below,
     hub_dataset,
     is_saved,
     label_name,
@@ -300,7 +301,7 @@ def _from_folder(folder: Path, name: str, split: Split, asked: _Asked) -> Pictur
     # leave out all other images; it gives no label where there is one class only, as on many a device; and it drops
     # the classes where there are captions.
     folder = folder.resolve()  # so that a path in a table can be compared with it
-    files = _files(folder)
+    files = files_below(folder)
     images = [file for file in files if file.suffix.lower() in ENDINGS]
     base = _split_folder(folder, images, split)
     if base is None:
@@ -331,19 +332,6 @@ def _from_folder(folder: Path, name: str, split: Split, asked: _Asked) -> Pictur
     if asked.text_column in columns:
         captions = [_caption(row.get(asked.text_column)) for _, row in rows]
     return _decoded(images, len(images), name, labels, captions, (), asked)
-
-
-def _files(folder: Path) -> list[Path]:
-    """All files below, sorted; not those that a file manager or an archiver hides there."""
-
-    def unreadable(error: OSError) -> None:
-        raise DataError(f"{folder} cannot be read: {error}") from error
-
-    found = []
-    for place, folders, names in os.walk(folder, onerror=unreadable):
-        folders[:] = [each for each in folders if not each.startswith((".", "__MACOSX"))]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(found)
 
 
 def _split_folder(folder: Path, images: Sequence[Path], split: Split) -> Path | None:
@@ -378,7 +366,7 @@ def _table(table: Path, folder: Path, base: Path) -> list[tuple[Path, Mapping[st
         if not file.is_relative_to(folder):
             raise DataError(f"{table}: record {number} names {name}, which lies outside the folder")
         if file.is_relative_to(base):
-            rows.append((file, {key: value for key, value in entry.items() if key != "file_name"}))
+            rows.append((file, {key: value for key, value in entry.items() if key not in (None, "file_name")}))
     return rows
 
 

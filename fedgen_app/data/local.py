@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,28 @@ def holdout(count: int, fraction: float, seed: int) -> tuple[IntArray, IntArray]
     held = min(max(round(count * fraction), 1), count - 1)
     order = np.random.default_rng(seed).permutation(count).astype(np.int64)
     return np.sort(order[held:]), np.sort(order[:held])
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, those behind links too; not what a file manager or an archiver hides there.
+
+    Raises DataError where a folder cannot be listed.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{folder} cannot be read: {error}") from error
+
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above would go round for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(each for each in folders if not each.startswith((".", "__MACOSX")))
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def split_files(folder: Path, split: Split, endings: Collection[str] = tuple(BUILDERS)) -> list[Path]:
@@ -277,10 +300,15 @@ def _records(name: str, dataset: Dataset, source: str, text_column: str, label_c
 
 
 def label_name(value: object, feature: Any) -> str:
-    """Give a class its name; -1 is how ``datasets`` writes a class that is missing."""
+    """Give a class its name; -1 is how ``datasets`` writes a class that is missing.
+
+    Raises DataError for a number beyond the names.
+    """
     names = getattr(feature, "names", None)
     if value is None or (names and value == -1):
         return NO_LABEL
+    if names and isinstance(value, int) and not 0 <= value < len(names):
+        raise DataError(f"label {value} has no name; there are {len(names)} names")
     return str(names[value]) if names and isinstance(value, int) else str(value)
 
 

@@ -148,7 +148,9 @@ def _topics(name: str, texts: Sequence[str], seed: int) -> tuple[str, ...]:
     try:
         vectors = vectorizer.fit_transform(texts)
     except ValueError as error:
-        raise DataError(f"partition.by is topic, but the texts of {name} have no words to go by ({error})") from error
+        raise DataError(
+            f"partition.by is topic, but the texts of {name} have no words to go by ({error}): set it to iid"
+        ) from error
     count = min(TOPICS, max(1, len(texts) // TEXTS_PER_TOPIC))
     kmeans = KMeans(count, n_init=KMEANS_STARTS, random_state=seed)
     # One thread: several add up a centre in the order in which they finish, which is not the same twice.
