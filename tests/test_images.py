@@ -537,6 +537,24 @@ def test_broken_images_are_skipped_and_counted(tmp_path: Path, caplog: pytest.Lo
         train(bad)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM"])
+def test_images_with_a_few_wrong_bytes_never_stop_the_others(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    try:
+        whole = encoded(image, kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow does not write {kind}")
+    files: dict[str, bytes | str] = {"good.png": png()}
+    for number in range(80):
+        broken = bytearray(whole)
+        for place in rng.integers(0, min(len(broken), rng.choice([40, 200, 4000])), 3):
+            broken[place] = rng.integers(0, 256)
+        files[f"{number}.png"] = bytes(broken)
+    found = train(write(tmp_path / "set", files))
+    assert len(found) + found.skipped == 81 and len(found) >= 1
+
+
 def test_images_that_a_table_names_and_are_not_there(tmp_path: Path) -> None:
     table = "file_name,text\nmissing.png,gone\na.png,here,and,more\nsub,a folder\nx\0.png,odd\n"
     found = train(write(tmp_path, {"a.png": png(), "sub/b.txt": "x", "metadata.csv": table}))

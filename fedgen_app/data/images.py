@@ -60,7 +60,7 @@ DEEP = ("I", "I;16", "I;16B", "I;16L")  # those of 16 bits per pixel; Pillow ope
 # over. DecompressionBombError is missing: it can be named only once Pillow is imported.
 UNREADABLE = (
     *(OSError, ValueError, SyntaxError, TypeError, EOFError, LookupError, ArithmeticError),
-    *(NotImplementedError, MemoryError, struct.error, zlib.error),
+    *(RuntimeError, MemoryError, struct.error, zlib.error),
 )
 
 log = logging.getLogger(__name__)
