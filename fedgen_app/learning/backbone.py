@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.pytorch_utils import Conv1D
 
 import fedgen_assets
-from fedgen_app.errors import BackboneError
+from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.adapters import Layout, layout_of, parameters
 from fedgen_app.learning.task import Task
 from fedgen_app.settings import LoraSettings, Settings, looks_like_path
@@ -60,8 +60,15 @@ class Backbone:
 
 
 def load_task(name: str) -> Task:
-    """The task of a settings value: ``tasks/<name>.py`` ends in ``TASK``."""
-    return cast(Task, importlib.import_module(f"fedgen_app.tasks.{name.replace('-', '_')}").TASK)
+    """The task of a settings value: ``tasks/<name>.py`` ends in ``TASK``.
+
+    Raises:
+        SettingsError: a package that the task needs is not installed.
+    """
+    try:
+        return cast(Task, importlib.import_module(f"fedgen_app.tasks.{name.replace('-', '_')}").TASK)
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"task = {name!r} needs {error.name}: pip install 'fedgen-edge[images]'") from None
 
 
 def pick_device(name: str) -> torch.device:

@@ -271,15 +271,15 @@ def generate(
     with step_bar("generating") as on_step:
         for first in range(0, len(texts), options.batch):
             batch = list(texts[first : first + options.batch])
-            told = _told_of(pipeline, model, batch)
-            nothing = _told_of(pipeline, model, [""] * len(batch)) if guided else None
+            # With guidance both predictions come from one pass, which is faster than two of half its size.
+            told = _told_of(pipeline, model, batch + [""] * len(batch) if guided else batch)
             scheduler = _scheduler(pipeline, options)
             current = start[first : first + options.batch].to(pipeline.device) * scheduler.init_noise_sigma
             for number, timestep in enumerate(scheduler.timesteps):
-                steps = timestep.expand(len(batch))
-                predicted = predict(pipeline, model, current, steps, told)
+                inputs = torch.cat([current, current]) if guided else current
+                predicted = predict(pipeline, model, inputs, timestep.expand(len(inputs)), told)
                 if guided:
-                    free = predict(pipeline, model, current, steps, nothing)
+                    predicted, free = predicted.chunk(2)
                     predicted = free + options.guidance * (predicted - free)
                 current = scheduler.step(predicted, timestep, current).prev_sample
                 on_step(first + len(batch) * (number + 1) // len(scheduler.timesteps), len(texts))
