@@ -63,6 +63,7 @@ from fedgen_app.tasks.diffusion import generate  # noqa: E402
 
 CLASSES = ("shirt", "sneaker", "bag")
 GUIDANCE = 2.0
+LATENT_PIXELS = 128  # side of the latent model's images
 Turn = Callable[[], object]
 
 
@@ -94,7 +95,7 @@ def make_unconditional(folder: Path) -> Path:
 
 
 def make_latent(folder: Path) -> Path:
-    """Stable Diffusion 1.x with a quarter of its width, for 64x64 images; its text encoder has two layers."""
+    """Stable Diffusion 1.x with a quarter of its width, for images of LATENT_PIXELS; its text encoder has two layers."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(fedgen_assets.path("language"))
     tokenizer.model_max_length = 77
@@ -113,7 +114,7 @@ def make_latent(folder: Path) -> Path:
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(80, 160, 320, 320), cross_attention_dim=width, norm_num_groups=16
+        sample_size=16, block_out_channels=(80, 160, 320, 320), cross_attention_dim=width, norm_num_groups=16
     )
     schedule = DDPMScheduler(1000, beta_schedule="scaled_linear", clip_sample=False)
     StableDiffusionPipeline(
@@ -304,11 +305,11 @@ def relations(folder: Path) -> list[list[str]]:
     """Rows of what the frozen parts cost beside the UNet, here and in Stable Diffusion 1.x."""
     with torch.device("meta"):
         parts = {
-            "the model built here, 64 px": (
+            "the model built here": (
                 UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
                 AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
                 CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
-                64,
+                LATENT_PIXELS,
             ),
             "Stable Diffusion 1.x, 512 px": (
                 UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
@@ -361,7 +362,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> str:
     sampling.append(row("unconditional, pixels, float32", "DDIMPipeline", *times, ""))
 
     folder = make_latent(scratch / "latent")
-    latent = case(folder, "latent-data", args.latent_batch_size, 64, 3)
+    latent = case(folder, "latent-data", args.latent_batch_size, LATENT_PIXELS, 3)
     times = alternate(latent.ours, latent.stock(), turns, device)
     training.append(row("latent", "stock LoRA loop", *times, "1.5 times as fast"))
     filled = latent.seconds / statistics.median(times[1])

@@ -84,7 +84,7 @@ class LoraSettings(Group):
 
 
 class PartitionSettings(Group):
-    """``partition.*``: who owns which documents in a simulation."""
+    """``partition.*``: who owns which examples in a simulation."""
 
     by: Literal["auto", "iid", "label", "topic"]
     alpha: Positive

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import logging
 import os
 import shutil
 import struct
@@ -512,7 +511,7 @@ def test_channels_are_those_of_the_first_image_that_can_be_read(tmp_path: Path) 
 # Broken images
 
 
-def test_broken_images_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_images_are_skipped_and_counted(tmp_path: Path) -> None:
     whole = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)))
     broken: dict[str, bytes | str] = {
         "cat/cut.png": whole[: len(whole) // 2],
@@ -526,10 +525,8 @@ def test_broken_images_are_skipped_and_counted(tmp_path: Path, caplog: pytest.Lo
     folder = write(tmp_path / "set", {**broken, "cat/z.png": png(RED), "dog/a.png": png(BLUE)})
     (folder / "cat" / "gone.png").symlink_to("nowhere.png")
     os.mkfifo(folder / "cat" / "pipe.png")
-    with caplog.at_level(logging.WARNING):
-        found = train(folder)
+    found = train(folder)
     assert (found.labels, colours(found), found.skipped) == (("cat", "dog"), [RED, BLUE], 9)
-    assert "9 of 11 images could not be read" in caplog.text
     again = train(folder)
     assert again.labels == found.labels and np.array_equal(again.pixels, found.pixels)
     bad = write(tmp_path / "bad", broken)

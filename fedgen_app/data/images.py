@@ -471,8 +471,6 @@ def _decoded(
         raise DataError(
             f"{asked.source} holds no image{f' that can be read; of {count} the first: {why}' if count else ''}"
         )
-    if len(kept) < count:
-        log.warning("%d of %d images could not be read and are left out", count - len(kept), count)
     return Pictures(
         name,
         pixels[: len(kept)],

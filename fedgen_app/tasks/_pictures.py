@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,7 +27,8 @@ from fedgen_app.tasks._pipeline import Pipeline
 
 Array = NDArray[Any]
 
-VERSION = 1  # of what the caches hold
+log = logging.getLogger(__name__)
+VERSION = 2  # of what the caches hold
 ENCODED = 16  # images per forward pass of an autoencoder
 SHOWN = 10  # captions or classes that samples show where the user names none
 
@@ -90,7 +92,7 @@ def pictures(settings: Settings, pipeline: Pipeline, source: str, split: Split) 
         return _packed(found)
 
     arrays = cached("pictures", _key(settings, pipeline, source, split), build)
-    return None if "absent" in arrays else _unpacked(source, arrays)
+    return None if "absent" in arrays else _unpacked(arrays)
 
 
 @functools.lru_cache(maxsize=2)
@@ -101,7 +103,8 @@ def _from_hub(settings: Settings, pipeline: Pipeline, source: str, split: Split)
 def _packed(found: Pictures) -> Arrays:
     """Arrays of numbers only: texts as UTF-8 bytes and where each begins."""
     arrays: Arrays = {"pixels": found.pixels, "skipped": np.array([found.skipped])}
-    for name, texts in (("labels", found.labels), ("captions", found.captions), ("classes", found.classes)):
+    texts_of = {"name": (found.name,), "labels": found.labels, "captions": found.captions, "classes": found.classes}
+    for name, texts in texts_of.items():
         if texts is not None:
             encoded = [text.encode(errors="surrogatepass") for text in texts]
             arrays[name] = np.frombuffer(b"".join(encoded), np.uint8)
@@ -109,14 +112,14 @@ def _packed(found: Pictures) -> Arrays:
     return arrays
 
 
-def _unpacked(name: str, arrays: Arrays) -> Pictures:
+def _unpacked(arrays: Arrays) -> Pictures:
     def texts(key: str) -> tuple[str, ...] | None:
         if key not in arrays:
             return None
         whole, starts = arrays[key].tobytes(), arrays[f"{key}-starts"].tolist()
         return tuple(whole[a:b].decode(errors="surrogatepass") for a, b in zip(starts[:-1], starts[1:], strict=True))
 
-    classes = texts("classes") or ()
+    (name,), classes = texts("name") or ("",), texts("classes") or ()
     return Pictures(name, arrays["pixels"], texts("labels"), texts("captions"), classes, int(arrays["skipped"][0]))
 
 
@@ -139,7 +142,8 @@ def _conditions(settings: Settings, pipeline: Pipeline, found: Pictures) -> tupl
     if found.labels is None:
         raise DataError(f"{found.name}: a class-conditional backbone needs labels, and there are none")
     if found.classes and not pipeline.classes:  # the data set's own numbering, which it declares
-        return tuple(str(found.classes.index(label)) for label in found.labels)
+        numbers = {name: str(number) for number, name in enumerate(found.classes)}
+        return tuple(numbers.get(label, label) for label in found.labels)
     return found.labels
 
 
@@ -231,6 +235,8 @@ def _training(settings: Settings, backbone: Backbone, source: str) -> tuple[Pict
     found = pictures(settings, cast(Pipeline, backbone.processor), source, "train")
     if found is None:
         raise DataError(f"{source}: no training images")
+    if found.skipped:
+        log.warning("%s: %d images cannot be read and are left out", found.name, found.skipped)
     return found, _encoded(settings, backbone, found)
 
 
