@@ -95,7 +95,7 @@ def make_unconditional(folder: Path) -> Path:
 
 
 def make_latent(folder: Path) -> Path:
-    """Stable Diffusion 1.x with a quarter of its width, for images of LATENT_PIXELS; its text encoder has two layers."""
+    """Stable Diffusion 1.x with a quarter of its width, and a text encoder of two layers."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(fedgen_assets.path("language"))
     tokenizer.model_max_length = 77
