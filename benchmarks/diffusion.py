@@ -63,7 +63,7 @@ from fedgen_app.tasks.diffusion import generate  # noqa: E402
 
 CLASSES = ("shirt", "sneaker", "bag")
 GUIDANCE = 2.0
-LATENT_PIXELS = 128  # side of the latent model's images
+LATENT_PIXELS = 64  # side of the latent model's images
 Turn = Callable[[], object]
 
 
@@ -114,7 +114,10 @@ def make_latent(folder: Path) -> Path:
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(80, 160, 320, 320), cross_attention_dim=width, norm_num_groups=16
+        sample_size=LATENT_PIXELS // 8,
+        block_out_channels=(80, 160, 320, 320),
+        cross_attention_dim=width,
+        norm_num_groups=16,
     )
     schedule = DDPMScheduler(1000, beta_schedule="scaled_linear", clip_sample=False)
     StableDiffusionPipeline(
