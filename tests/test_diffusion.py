@@ -324,15 +324,21 @@ def test_an_unknown_class_is_named() -> None:
     backbone = loud("dit")
     for wrong in ("triangle", "3"):
         with pytest.raises(SettingsError, match=f"label '{wrong}' is no class of this backbone; it knows disc"):
-            TASK.sample(backbone, [wrong], 0, options())
+            TASK.sample(image_settings("dit"), backbone, [wrong], 0)
+
+
+def test_samples_have_the_resolution_of_the_run() -> None:
+    for kind, side in (("text", 16), ("latent", 32)):
+        drawn = TASK.sample(image_settings(kind, resolution=side), loud(kind), PROMPTS[kind][:1], 0)
+        assert drawn[0].content.shape[:2] == (side, side)
 
 
 def test_the_adapter_changes_what_is_drawn() -> None:
     for kind in MAKERS:
         backbone = loud(kind)
-        drawn = TASK.sample(backbone, PROMPTS[kind], 0, options())
+        drawn = TASK.sample(image_settings(kind), backbone, PROMPTS[kind], 0)
         with backbone.model.disable_adapter():
-            plain = TASK.sample(backbone, PROMPTS[kind], 0, options())
+            plain = TASK.sample(image_settings(kind), backbone, PROMPTS[kind], 0)
         assert [s.prompt for s in drawn] == PROMPTS[kind]
         assert any(not np.array_equal(a.content, b.content) for a, b in zip(drawn, plain, strict=True)), kind
 

@@ -20,7 +20,7 @@ from fedgen_app.errors import BackboneError, DataError
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.learning.task import Examples, Share
-from fedgen_app.settings import SampleSettings
+from fedgen_app.settings import Settings
 from fedgen_app.tasks import _text, language
 from fedgen_app.tasks._text import IGNORED, pack, start_token
 from fedgen_app.tasks.language import TASK, cross_entropy
@@ -36,8 +36,8 @@ def backbone() -> Backbone:
     return opened
 
 
-def long(tokens: int) -> SampleSettings:
-    return tiny_settings(samples__length=tokens).samples
+def long(tokens: int) -> Settings:
+    return tiny_settings(samples__length=tokens)
 
 
 def documents(pieces: list[list[int]]) -> dict[str, Any]:
@@ -236,8 +236,8 @@ def test_test_sequences_limits_to_whole_documents(backbone: Backbone) -> None:
 
 def test_the_same_seed_gives_the_same_texts(backbone: Backbone) -> None:
     texts = ["the captain", "the judge"]
-    first, again = (TASK.sample(backbone, texts, 3, long(12)) for _ in range(2))
-    other = TASK.sample(backbone, texts, 4, long(12))
+    first, again = (TASK.sample(long(12), backbone, texts, 3) for _ in range(2))
+    other = TASK.sample(long(12), backbone, texts, 4)
     assert first == again
     assert [s.content for s in first] != [s.content for s in other]
     for text, sample in zip(texts, first, strict=True):
@@ -245,9 +245,9 @@ def test_the_same_seed_gives_the_same_texts(backbone: Backbone) -> None:
 
 
 def test_the_adapter_changes_what_is_said(backbone: Backbone) -> None:
-    said = TASK.sample(backbone, ["the captain"], 0, long(20))
+    said = TASK.sample(long(20), backbone, ["the captain"], 0)
     with backbone.model.disable_adapter():
-        assert TASK.sample(backbone, ["the captain"], 0, long(20)) != said
+        assert TASK.sample(long(20), backbone, ["the captain"], 0) != said
 
 
 def test_another_tokenizer_is_not_served_from_the_cache(backbone: Backbone, tmp_path: Path) -> None:

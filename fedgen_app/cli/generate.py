@@ -41,8 +41,8 @@ def generate(
     backbone = open_backbone(settings)
     texts = [text for text in ([prompt] if prompt else task.prompts(settings, backbone)) for _ in range(count)]
     changed = {key: value for key, value in (("length", length), ("steps", steps)) if value}
-    options = settings.samples.model_copy(update=changed)
-    arguments = (backbone, texts, settings.seed if seed is None else seed, options)
+    asked = settings.model_copy(update={"samples": settings.samples.model_copy(update=changed)})
+    arguments = (asked, backbone, texts, settings.seed if seed is None else seed)
     if frozen:
         with backbone.model.disable_adapter():
             samples = task.sample(*arguments)

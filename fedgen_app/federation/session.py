@@ -215,14 +215,14 @@ class Session:
         texts = [t for t in task.prompts(self.settings, backbone)[: options.count] for _ in range(options.per_prompt)]
         samples: dict[str, Sequence[Sample]] = {}
         with backbone.model.disable_adapter():
-            samples["frozen"] = task.sample(backbone, texts, self.settings.seed, options)
+            samples["frozen"] = task.sample(self.settings, backbone, texts, self.settings.seed)
         adapters.write(backbone.model, state.adapter)
-        samples["global"] = task.sample(backbone, texts, self.settings.seed, options)
+        samples["global"] = task.sample(self.settings, backbone, texts, self.settings.seed)
         for client in clients[:SAMPLED_CLIENTS]:
             file = self.folder.path / "clients" / str(client) / own
             if file.exists():  # on a device a client's adapters are not here
                 adapters.write(backbone.model, adapters.load_adapter(file, backbone.layout))
-                samples[f"client-{client}"] = task.sample(backbone, texts, self.settings.seed, options)
+                samples[f"client-{client}"] = task.sample(self.settings, backbone, texts, self.settings.seed)
         task.save_samples(target, samples)
 
 

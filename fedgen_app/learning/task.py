@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgen_app.data.partition import Partition
-from fedgen_app.settings import LoraSettings, SampleSettings, Settings
+from fedgen_app.settings import LoraSettings, Settings
 
 if TYPE_CHECKING:
     from fedgen_app.learning.backbone import Backbone
@@ -99,7 +99,7 @@ class Task:
         split: Who owns which documents in a simulation of so many clients.
         loss: The function that training minimises: mean loss of a batch.
         evaluate: Metrics of the model as it is now; the seed fixes whatever noise they need.
-        sample: Generates from the model as it is now, one thing per prompt.
+        sample: Generates from the model as it is now, one thing per prompt: (settings, backbone, prompts, seed).
         prompts: What to generate from where the user names nothing.
         render: One file's bytes that show samples.
         save_samples: Writes named lists of samples into a folder.
@@ -118,7 +118,7 @@ class Task:
     split: Callable[[Settings, Backbone, int], Partition]
     loss: Callable[[Settings, Backbone], Loss]
     evaluate: Callable[[Settings, Backbone, Examples, int], Metrics]
-    sample: Callable[[Backbone, Sequence[str], int, SampleSettings], list[Sample]]
+    sample: Callable[[Settings, Backbone, Sequence[str], int], list[Sample]]
     prompts: Callable[[Settings, Backbone], tuple[str, ...]]
     render: Render
     save_samples: Callable[[Path, Mapping[str, Sequence[Sample]]], None]

@@ -362,9 +362,10 @@ def _extractor(settings: Settings, device: torch.device) -> Any:
         return _quality.open_extractor("bundled", device)
 
 
-def sample(backbone: Backbone, texts: Sequence[str], seed: int, options: SampleSettings) -> list[Sample]:
+def sample(settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int) -> list[Sample]:
     """One image per prompt; the same seed gives the same images."""
-    images = generate(backbone, texts, derive(seed, "sample"), options)
+    side = cast(Pipeline, backbone.processor).side_for(settings.resolution)
+    images = generate(backbone, texts, derive(seed, "sample"), settings.samples, side)
     return [Sample(text, image) for text, image in zip(texts, images, strict=True)]
 
 
@@ -407,11 +408,13 @@ def usage(backbone: Backbone) -> list[str]:
     """How to load the adapter: with diffusers' own loader, else with PEFT into the denoiser."""
     pipeline = cast(Pipeline, backbone.processor)
     if pipeline.kind == LOADED_BY_DIFFUSERS:
-        without = "" if pipeline.has_vae else ", vae=None"
+        # One type for all parts: else transformers keeps the file's and diffusers takes float32.
+        options = ("" if pipeline.has_vae else ", vae=None") + ", torch_dtype=torch.float32"
         lines = [
+            "import torch",
             "from diffusers import StableDiffusionPipeline",
             "",
-            f"pipeline = StableDiffusionPipeline.from_pretrained({backbone.reference!r}{without})",
+            f"pipeline = StableDiffusionPipeline.from_pretrained({backbone.reference!r}{options})",
             "pipeline.load_lora_weights(FOLDER)  # the folder of this file",
         ]
         if not pipeline.has_vae:

@@ -16,7 +16,7 @@ from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Batch, Examples, Loaded, Metrics, Render, Sample, Task
 from fedgen_app.seeds import derive
-from fedgen_app.settings import LoraSettings, SampleSettings, Settings
+from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks._text import IGNORED, load_data, load_test, split, start_token
 
 EVALUATED_TOKENS = 2048  # per forward pass: bounds the logits' memory, 2048 x 49152 float32 = 400 MB
@@ -123,7 +123,7 @@ def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:
 
 
 @torch.inference_mode()
-def sample(backbone: Backbone, texts: Sequence[str], seed: int, options: SampleSettings) -> list[Sample]:
+def sample(settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int) -> list[Sample]:
     """One continuation per prompt, by nucleus sampling; the same seed gives the same texts.
 
     Raises:
@@ -139,7 +139,7 @@ def sample(backbone: Backbone, texts: Sequence[str], seed: int, options: SampleS
         output = model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=options.length,
+            max_new_tokens=settings.samples.length,
             do_sample=True,
             temperature=0.8,
             top_p=0.95,
