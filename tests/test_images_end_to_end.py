@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import command, events, federate, results, without_times
+from helpers import ROOT, command, events, federate, results, without_times
 from PIL import Image
 from pipelines import CLASSES, MAKERS, draw, image_config, image_settings
 from safetensors.torch import load_file
@@ -299,3 +299,37 @@ def test_generate_knows_classes_by_name_and_number(run: Any, tmp_path: Path) -> 
     ended = command("generate", run("dit"), "--prompt", "triangle", "--output", tmp_path / "none.png")
     assert ended.status == 2 and "label 'triangle' is no class of this backbone" in " ".join(ended.err.split())
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.slow
+def test_the_quickstart_for_images_from_the_command_to_the_picture(tmp_path: Path) -> None:
+    output, shorter = (
+        tmp_path / "run",
+        {
+            "num-server-rounds": 2,
+            "evaluate-every": 2,
+            "warmup-rounds": 0,
+            "max-steps": 12,
+            "personal.max-steps": 4,
+            "test-sequences": 128,
+            "metrics.samples": 40,
+            "samples.steps": 3,
+            "samples.per-prompt": 1,
+        },
+    )
+    changed = [f"--set={key}={value}" for key, value in shorter.items()]
+    started = ["run", str(ROOT), "--preset", "quickstart-images", "--engine", "in-process", "--clients", "2"]
+    ended = command(*started, "--set=expected-clients=2", "--output", output, *changed)
+    assert ended.status == 0, ended.err
+    found = results(output)
+    assert found["backbone"]["name"] == "bundled diffusion"
+    assert found["frozen"]["features"] == "fedgen-small-32" and found["frozen"]["samples"] == 40
+    assert 0 < found["frozen"]["fid_floor"] < found["frozen"]["fid"]
+    # Four of the ten classes are new to the backbone: even so short a training pays, on the server and on clients.
+    assert found["final"]["metrics"]["denoising_loss"] < found["frozen"]["denoising_loss"]
+    own = found["final"]["personal"]
+    assert own["personal"]["denoising_loss"] < own["frozen"]["denoising_loss"]
+    picture = tmp_path / "sneaker.png"
+    drawn = command("generate", output, "--prompt", "a photo of a sneaker", "--steps", "2", "--output", picture)
+    assert drawn.status == 0, drawn.err
+    assert picture.read_bytes().startswith(b"\x89PNG")
