@@ -14,7 +14,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from fedgen_app.errors import SettingsError
@@ -43,6 +52,12 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeastZero = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+
+
+def _zero_or_eight(value: int) -> int:
+    if 0 < value < 8:
+        raise PydanticCustomError("resolution", "should be 0, the backbone's own, or at least 8")
+    return value
 
 
 class Group(BaseModel):
@@ -192,7 +207,7 @@ class Settings(Group):
     clip_norm: NotNegative
     warmup_rounds: AtLeastZero
     sequence_length: Annotated[int, Field(ge=8)]
-    resolution: AtLeastZero
+    resolution: Annotated[int, Field(ge=0), AfterValidator(_zero_or_eight)]
     gradient_checkpointing: bool
     lora: LoraSettings
     partition: PartitionSettings

@@ -40,7 +40,12 @@ def test_mistakes_are_told_all_at_once_and_before_torch(tmp_path: Path) -> None:
     assert done.returncode == 2
     for key, value in mistakes.items():
         assert f"{key} = '{value}'" in done.stderr
-    for hint in ("did you mean method", "'auto', 'iid', 'label' or 'topic'", "one of language", "greater than"):
+    for hint in (
+        "did you mean method",
+        "'auto', 'iid', 'label' or 'topic'",
+        "one of diffusion, language",
+        "greater than",
+    ):
         assert hint in done.stderr, hint
     assert "Traceback" not in done.stderr
     assert done.stdout.strip() == "loaded:"
@@ -72,12 +77,14 @@ WRONG = {
     "clip-norm": "inf",
     "warmup-rounds": "-1",
     "sequence-length": "7",
-    "resolution": "0",
+    "resolution": "7",
     "gradient-checkpointing": "perhaps",
     "lora.rank": "2000",
     "lora.alpha": "0",
     "lora.dropout": "1",
     "lora.rslora": "perhaps",
+    "lora.convolutions": "perhaps",
+    "lora.text-encoder": "perhaps",
     "partition.by": "x",
     "partition.alpha": "0",
     "partition.min-examples": "0",
@@ -95,6 +102,18 @@ WRONG = {
     "wire.codec": "zip",
     "samples.count": "-1",
     "samples.length": "0",
+    "samples.per-prompt": "0",
+    "samples.every": "-1",
+    "samples.sampler": "euler",
+    "samples.steps": "0",
+    "samples.guidance": "-1",
+    "samples.batch": "0",
+    "diffusion.caption": "a photo",
+    "diffusion.caption-dropout": "1",
+    "diffusion.min-snr": "-1",
+    "metrics.samples": "-1",
+    "metrics.personal-samples": "-1",
+    "metrics.features": "/no/such/weights",
     # Checked against this machine.
     "dataset": "/no/such/place",
     "lora.init": "/no/such/adapter",
@@ -122,7 +141,7 @@ def test_a_wrong_setting_is_named(key: str, tmp_path: Path) -> None:
     [
         (["--set", "lora.rank"], "--set lora.rank: should be KEY=VALUE"),
         (["--set", "=3"], "--set =3: should be KEY=VALUE"),
-        (["--preset", "quickest"], "no preset of that name (ptb"),
+        (["--preset", "quickest"], "no preset of that name (cifar10"),
         (["--clients", "3", "--superlink", "fleet"], "--superlink fleet has the clients that it has"),
         (["--clients", "0"], "0 is not in the range"),
         (["--engine", "spark"], "'spark' is not one of"),

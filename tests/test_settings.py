@@ -44,7 +44,7 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "clip-norm": [-1],
     "warmup-rounds": [-1],
     "sequence-length": [7],
-    "resolution": [7],
+    "resolution": [7, -1],
     "lora.rank": [0, 1025, 8.5],
     "lora.alpha": [0, math.inf],
     "lora.dropout": [1, -0.1],
@@ -65,6 +65,18 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "wire.codec": ["int8"],
     "samples.count": [-1],
     "samples.length": [0],
+    "samples.per-prompt": [0],
+    "samples.every": [-1],
+    "samples.sampler": ["euler"],
+    "samples.steps": [0, 1001],
+    "samples.guidance": [-1, math.nan],
+    "samples.batch": [0],
+    "diffusion.caption": ["a photo", "{} and {}", "{name}"],
+    "diffusion.caption-dropout": [1, -0.1],
+    "diffusion.min-snr": [-1, math.inf],
+    "metrics.samples": [-1],
+    "metrics.personal-samples": [-1],
+    "metrics.features": [""],
 }
 ANY_TEXT = {
     "output-dir",
@@ -76,7 +88,7 @@ ANY_TEXT = {
     "lora.init",
     "samples.prompts",
 }
-SWITCHES = {"gradient-checkpointing", "lora.rslora"}
+SWITCHES = {"gradient-checkpointing", "lora.rslora", "lora.convolutions", "lora.text-encoder"}
 
 
 def message(**changes: Value) -> str:
