@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -379,6 +380,23 @@ def test_a_client_without_images_enough_is_measured_by_its_loss_alone(caplog: py
     measured = TASK.evaluate(settings, backbone, Examples(found.rows, {}, found.shared, two), 0)
     assert set(measured) == {"denoising_loss"}
     assert "need four images" in caplog.text
+
+
+def test_clients_without_the_servers_extractor_do_not_take_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_reach(*_: object, **__: object) -> None:
+        raise OSError("no net")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", out_of_reach)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    backbone = loud("text")
+    found = TASK.load_test(image_settings("text"), backbone)
+    assert found is not None and isinstance(found.reference, Reference)
+    own = Examples(found.rows, {}, found.shared, dataclasses.replace(found.reference, own=True))
+    for features in ("auto", str(tmp_path / "only-on-the-server.pth")):
+        settings = image_settings("text", metrics__features=features)
+        assert set(TASK.evaluate(settings, backbone, own, 0)) == {"denoising_loss"}
 
 
 # What a card's code is followed by in the fresh process: the same input through what it loaded.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -154,6 +156,29 @@ def test_changed_images_other_captions_and_another_backbone_have_caches_of_their
     foreign = loaded(image_settings("dit", dataset=str(folder), **ALL))
     assert not torch.equal(foreign.rows["moments"], changed.rows["moments"])
     assert len(list(own_cache.glob("moments-*.safetensors"))) == before + 1
+
+
+def test_a_tokenizer_that_cuts_otherwise_has_embeddings_of_its_own(own_cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_pipeline("text"), folder)
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 4}))
+    length = {kind: loaded(image_settings(kind, **ALL)).shared["hidden"].shape[1] for kind in ("text", str(folder))}
+    assert length == {"text": PROMPT_TOKENS, str(folder): 4}
+
+
+def test_a_client_holds_its_own_captions_only(tmp_path: Path) -> None:
+    captions = np.array([f"drawing number {n}" for n in range(8)])
+    source = save(tmp_path / "captioned", captions=captions)
+    settings = image_settings("text", dataset=str(source), partition__by="iid")
+    backbone = open_backbone(settings)
+    whole = cast(Any, backbone.processor).embed(["", *captions])
+    images = torch.from_numpy(np.load(source / "train.npz")["images"])
+    train = TASK.load_data(settings, backbone, Share(0, 2)).train
+    assert len(train.shared["hidden"]) == 1 + len(train) < 9
+    for pixels, number in zip(train.rows["pixels"][:, 0], train.rows["caption"], strict=True):
+        (place,) = (n for n, image in enumerate(images) if torch.equal(image, pixels))
+        assert torch.allclose(train.shared["hidden"][number], whole[1 + place], atol=1e-6)
 
 
 def test_moments_are_those_of_the_autoencoder_and_not_a_draw(own_cache: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from helpers import command, tiny_model
 from pipelines import CLASSES, MAKERS, PROMPT_TOKENS, image_config, image_settings, tiny_pipeline
 
@@ -18,6 +18,7 @@ from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.settings import defaults
 from fedgen_app.tasks._pipeline import Pipeline
+from fedgen_app.tasks.diffusion import TASK
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = {  # condition, input channels, input side, image channels, image side, classes, whether there is a VAE
@@ -61,6 +62,22 @@ def test_the_fingerprint_is_of_every_part_that_generates(tmp_path: Path) -> None
         assert open_backbone(image_settings(str(changed))).fingerprint != before, part
 
 
+def test_the_oldest_pipelines_have_denoiser_and_scheduler_in_no_folder(tmp_path: Path) -> None:
+    inside = tiny_pipeline("unconditional")
+    for part in ("unet", "scheduler"):
+        shutil.copytree(inside / part, tmp_path, dirs_exist_ok=True)
+    shutil.copy(inside / "model_index.json", tmp_path)
+    backbone, found = opened(str(tmp_path))
+    theirs = DDPMPipeline.from_pretrained(tmp_path).unet.state_dict()
+    own = backbone.model.get_base_model().state_dict()
+    assert all(
+        torch.equal(own.get(name, own.get(f"{name.rpartition('.')[0]}.base_layer.{name.rpartition('.')[2]}")), w)
+        for name, w in theirs.items()
+    )
+    assert found.schedule == opened("unconditional")[1].schedule
+    assert not any("subfolder" in line for line in TASK.usage(backbone))
+
+
 def test_prompts_longer_than_the_encoders_length_are_cut() -> None:
     _, found = opened("text")
     words = " ".join(["the captain and the crew set sail"] * 20)
@@ -100,6 +117,16 @@ def test_classes_by_name_and_by_number() -> None:
     assert unnamed.class_of("2") == 2
     with pytest.raises(SettingsError, match="label 'disc' is no class of this backbone; it knows 0 to 2"):
         unnamed.class_of("disc")
+
+
+def test_a_class_is_known_by_each_of_its_names(tmp_path: Path) -> None:
+    folder = tmp_path / "dit"
+    shutil.copytree(tiny_pipeline("dit"), folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    names = {"0": "tench, Tinca tinca", "1": "goldfish", "2": "crane"}
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": names}))
+    _, found = opened(str(folder))
+    assert [found.class_of(name) for name in ("tench", "Tinca tinca", "tench, Tinca tinca", "crane")] == [0, 0, 0, 2]
 
 
 def test_resolutions_that_the_denoiser_cannot_take_are_named() -> None:

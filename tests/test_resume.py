@@ -247,6 +247,14 @@ def test_patience_and_samples_may_change_when_a_run_goes_on(copy: Path, whole: P
     assert found["status"] == "completed" and found["adapter"]["sha256"] == results(whole)["adapter"]["sha256"]
 
 
+def test_how_images_are_drawn_may_not_change_since_it_is_measured(copy: Path) -> None:
+    kept = json.loads((copy / "settings.json").read_text())
+    changed = {"output-dir": str(copy), "resume-from": str(copy), "samples.steps": 9, "samples.count": 0}
+    with pytest.raises(SettingsError, match="samples.steps = 9, was") as caught:
+        federate(kept | changed)
+    assert "samples.count" not in str(caught.value)
+
+
 @pytest.fixture
 def locked(copy: Path) -> Iterator[Path]:
     from filelock import FileLock

@@ -227,8 +227,12 @@ class Session:
 
 
 # What may differ when a run goes on: where it lies, who computes it, how patiently, what is kept and shown.
-FREE_ON_RESUME = ("output-dir", "resume-from", "resume-round", "expected-clients", "device", "keep-checkpoints")
-FREE_GROUPS = ("round.", "samples.")
+# Not how images are drawn (samples.steps, ...): what is measured hangs on it.
+FREE_ON_RESUME = (
+    *("output-dir", "resume-from", "resume-round", "expected-clients", "device", "keep-checkpoints"),
+    *("samples.count", "samples.per-prompt", "samples.every", "samples.prompts", "samples.length", "samples.batch"),
+)
+FREE_GROUPS = ("round.",)
 
 
 def _same_run(path: Path, settings: Settings) -> None:

@@ -29,7 +29,8 @@ Array = NDArray[Any]
 
 log = logging.getLogger(__name__)
 VERSION = 2  # of what the caches hold
-ENCODED = 16  # images per forward pass of an autoencoder
+ENCODED = 16  # images per forward pass of an autoencoder, and fewer of those above 128x128:
+ENCODED_PIXELS = ENCODED * 128**2  # its activations are many times larger than they are
 SHOWN = 10  # captions or classes that samples show where the user names none
 
 
@@ -155,16 +156,19 @@ def _moments(settings: Settings, pipeline: Pipeline, backbone: Backbone, found: 
 
     def build() -> Arrays:
         parts, pixels = [], _channels_first(found.pixels)
+        size = max(1, min(ENCODED, ENCODED_PIXELS // (pixels.shape[2] * pixels.shape[3])))
         with step_bar("encoding images") as on_step, torch.inference_mode():
-            for start in range(0, len(pixels), ENCODED):
-                images = torch.from_numpy(pixels[start : start + ENCODED]).to(pipeline.device, pipeline.dtype)
+            for start in range(0, len(pixels), size):
+                batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + size]))
+                images = batch.to(pipeline.device, pipeline.dtype)
                 parts.append(pipeline.vae.encode(images / 127.5 - 1).latent_dist.parameters.float().cpu().numpy())
-                on_step(min(start + ENCODED, len(pixels)), len(pixels))
+                on_step(min(start + size, len(pixels)), len(pixels))
         return {"moments": np.concatenate(parts)}
 
     key = {
         "pixels": _digest(found.pixels),
         "backbone": backbone.fingerprint,
+        "parts": pipeline.digest("vae"),
         "dtype": str(pipeline.dtype),
         "version": VERSION,
     }
@@ -177,6 +181,7 @@ def _embeddings(pipeline: Pipeline, backbone: Backbone, distinct: Sequence[str])
     key = {
         "texts": hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest(),
         "backbone": backbone.fingerprint,
+        "parts": pipeline.digest("tokenizer", "text_encoder"),
         "dtype": str(pipeline.dtype),
         "version": VERSION,
     }
@@ -184,11 +189,14 @@ def _embeddings(pipeline: Pipeline, backbone: Backbone, distinct: Sequence[str])
 
 
 def _digest(pixels: Array) -> str:
-    return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    sha = hashlib.sha256(repr(pixels.shape).encode())
+    sha.update(np.ascontiguousarray(pixels).data)  # not its bytes: they are a copy
+    return sha.hexdigest()
 
 
 def _channels_first(pixels: Array) -> Array:
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    """A view: only what a client owns is copied."""
+    return pixels.transpose(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -199,10 +207,15 @@ class Encoded:
     shared: dict[str, Array]
 
     def take(self, chosen: Array, reference: Reference | None = None) -> Examples:
-        """The rows of these images."""
-        rows = {name: torch.from_numpy(np.ascontiguousarray(array[chosen])) for name, array in self.rows.items()}
-        shared = {name: torch.from_numpy(array) for name, array in self.shared.items()}
-        return Examples(rows, {"images": len(chosen)}, shared, reference)
+        """The rows of these images, and only the captions that they have."""
+        own, shared = {name: array[chosen] for name, array in self.rows.items()}, self.shared
+        if "caption" in own:
+            distinct, place = np.unique(own["caption"], return_inverse=True)
+            own["caption"] = place + 1
+            shared = {name: array[np.append(0, distinct)] for name, array in shared.items()}
+        rows = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in own.items()}
+        told = {name: torch.from_numpy(array) for name, array in shared.items()}
+        return Examples(rows, {"images": len(chosen)}, told, reference)
 
 
 def _encoded(settings: Settings, backbone: Backbone, found: Pictures) -> Encoded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ INDEX = "model_index.json"
 DENOISERS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 # Copies of the same weights in other types, and parts that are no part of generating.
 OTHER_COPIES = (".fp16.", ".bf16.", "non_ema", "safety_checker", "flax", "openvino")
+# What the oldest pipelines, such as google/ddpm-cifar10-32, have in no folder of its own.
+AT_ROOT = ("unet", "scheduler")
 ENCODED = 64  # prompts per forward pass of a text encoder
 
 
@@ -138,6 +141,14 @@ class Pipeline:
         pieces = torch.split(self.tokens(prompts), ENCODED)
         return torch.cat([self.text_encoder(p.to(self.device)).last_hidden_state.float().cpu() for p in pieces])
 
+    def digest(self, *parts: str) -> str:
+        """sha256 of these parts' files other than weights: how a tokenizer cuts, how an autoencoder is built."""
+        sha = hashlib.sha256()
+        for file in sorted(f for part in parts for f in (self.folder / part).glob("*") if f.is_file()):
+            if file.suffix in (".json", ".txt", ".model"):
+                sha.update(f"{file.relative_to(self.folder)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+        return sha.hexdigest()
+
     def class_of(self, label: str) -> int:
         """The number of a class from its name or its number.
 
@@ -146,15 +157,24 @@ class Pipeline:
         """
         if label in self.classes:
             return self.classes.index(label)
+        for number, names in enumerate(self.classes):  # ImageNet's have several: "tench, Tinca tinca"
+            if label in map(str.strip, names.split(",")):
+                return number
         if label.isdecimal() and int(label) < self.class_count:
             return int(label)
         some = ", ".join(self.classes[:5]) or f"0 to {self.class_count - 1}"
         raise SettingsError(f"label {label!r} is no class of this backbone; it knows {some}")
 
 
+def place_of(folder: Path, part: str) -> Path:
+    """Where a part of a pipeline lies: in a folder of its name, else, as diffusers has it, in the pipeline's."""
+    own = folder / part
+    return folder if part in AT_ROOT and not own.is_dir() else own
+
+
 def _described(folder: Path, part: str, load: Any) -> Any:
     try:
-        return load(folder / part)
+        return load(place_of(folder, part))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise BackboneError(f"{folder / part}: cannot be loaded: {first}") from None
@@ -202,6 +222,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The weights of the parts that generate, each once."""
     parts = components(folder)
     files = [f for part in sorted(parts) for f in sorted((folder / part).glob("*.safetensors"))]
+    if "unet" in parts and place_of(folder, "unet") == folder:
+        files += sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     return [f for f in files if not any(mark in str(f.relative_to(folder)) for mark in OTHER_COPIES)]
 
 

@@ -269,7 +269,7 @@ def reference(
     """As ``extract``, but computed once per machine for the same pixels and weights: for real images."""
     pixels = np.ascontiguousarray(images)
     key = {
-        "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
+        "pixels": hashlib.sha256(pixels.data).hexdigest(),
         "shape": list(pixels.shape),
         "dtype": str(pixels.dtype),
         "extractor": extractor.name,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedgen_app.errors import BackboneError, MetricError, SettingsError
+from fedgen_app.files import write_atomic
 from fedgen_app.learning.adapters import pairs
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Batch, Examples, Loaded, Loss, Metrics, Render, Sample, Task
@@ -25,7 +28,7 @@ from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, SampleSettings, Settings
 from fedgen_app.tasks import _grid
 from fedgen_app.tasks._pictures import Reference, load_data, load_test, prompts, split
-from fedgen_app.tasks._pipeline import Adapted, Pipeline, load_text_encoder, open_pipeline, weight_files
+from fedgen_app.tasks._pipeline import Adapted, Pipeline, load_text_encoder, open_pipeline, place_of, weight_files
 
 PARTS = ("unet", "transformer", "vae", "text_encoder")
 # Attention projections, as the LoRA scripts of diffusers take them; in CLIP's text encoder they have other names.
@@ -36,6 +39,7 @@ CONVOLUTIONS = ("conv1", "conv2")
 HUB_FILES = (
     "model_index.json",
     "README.md",
+    *("config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"),  # see _pipeline.AT_ROOT
     "scheduler/*.json",
     "tokenizer/*",
     *(f"{part}/config.json" for part in PARTS),
@@ -47,6 +51,7 @@ PLAIN_PLACES = 256  # at most: attention over so few may keep the products of al
 LEAST_DRAWS = 512  # of noise in an evaluation: a small hold-out is measured several times over
 log = logging.getLogger(__name__)
 LOADED_BY_DIFFUSERS = "StableDiffusionPipeline"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def lora_targets(model: nn.Module, lora: LoraSettings) -> tuple[str, ...]:
@@ -311,7 +316,8 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
     if isinstance(examples.reference, Reference):
         try:
             measured = _quality_of(settings, backbone, examples.reference, seed)
-        except MetricError as error:
+        # SettingsError: the server's file of weights is not on this device.
+        except (MetricError, SettingsError) as error:
             if not examples.reference.own:
                 raise
             # Too few images, or no extractor on this device: no reason to go without a personal adapter.
@@ -330,7 +336,7 @@ def _quality_of(settings: Settings, backbone: Backbone, real: Reference, seed: i
     pipeline = cast(Pipeline, backbone.processor)
     side = pipeline.side_for(settings.resolution)
     images = generate(backbone, real.prompts, derive(seed, "measured"), settings.samples, side)
-    extractor = _extractor(settings, backbone.device)
+    extractor = _extractor(settings, backbone.device, real.own)
     drawn, there = _quality.extract(extractor, images), _quality.reference(extractor, real.pixels)
     found: Metrics = {**_quality.compare(drawn, there, seed), "samples": len(images), "features": extractor.name}
     if len(real.others) == len(real.pixels):
@@ -342,11 +348,12 @@ def _quality_of(settings: Settings, backbone: Backbone, real: Reference, seed: i
     return found
 
 
-def _extractor(settings: Settings, device: torch.device) -> Any:
+def _extractor(settings: Settings, device: torch.device, own: bool) -> Any:
     """What turns images into features.
 
     ``auto`` is the bundled extractor for the bundled pictures, else Inception; where that cannot be had, the bundled
-    one with a warning: the metrics' ``features`` says which it was.
+    one with a warning: the metrics' ``features`` says which it was. Not on a client (``own``): its KID goes into a
+    mean with the others', and a mean over two extractors says nothing.
     """
     from fedgen_app.tasks import _quality
 
@@ -355,6 +362,14 @@ def _extractor(settings: Settings, device: torch.device) -> Any:
         return _quality.open_extractor(wanted, device)
     if settings.dataset == "bundled":
         return _quality.open_extractor("bundled", device)
+    return _quality.open_extractor("inception", device) if own else _inception_or_bundled(device)
+
+
+@functools.lru_cache(maxsize=1)
+def _inception_or_bundled(device: torch.device) -> Any:
+    """One of them for as long as the process lives: the rounds of a run are compared with each other."""
+    from fedgen_app.tasks import _quality
+
     try:
         return _quality.open_extractor("inception", device)
     except MetricError as error:
@@ -395,13 +410,15 @@ def export(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor]) -> N
             "use_rslora": config.use_rslora,
             "target_modules": layers,
         }
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=parts["unet"],
-        text_encoder_lora_layers=parts["text_encoder"] or None,
-        unet_lora_adapter_metadata=metadata["unet"],
-        text_encoder_lora_adapter_metadata=metadata["text_encoder"] if parts["text_encoder"] else None,
-    )
+    with tempfile.TemporaryDirectory() as scratch:  # whole or not at all, as the files beside it
+        StableDiffusionPipeline.save_lora_weights(
+            scratch,
+            unet_lora_layers=parts["unet"],
+            text_encoder_lora_layers=parts["text_encoder"] or None,
+            unet_lora_adapter_metadata=metadata["unet"],
+            text_encoder_lora_adapter_metadata=metadata["text_encoder"] if parts["text_encoder"] else None,
+        )
+        write_atomic(folder / LORA_FILE, (Path(scratch) / LORA_FILE).read_bytes())
 
 
 def usage(backbone: Backbone) -> list[str]:
@@ -422,11 +439,13 @@ def usage(backbone: Backbone) -> list[str]:
             call = f'pipeline("a photo of a sneaker", height={side}, width={side}, output_type="latent")'
             lines.append(f"pixels = {call}.images  # in -1..1: there is no autoencoder")
         return lines
+    inside = place_of(pipeline.folder, pipeline.part) != pipeline.folder
+    subfolder = f", subfolder={pipeline.part!r}" if inside else ""
     return [
         f"from diffusers import DiffusionPipeline, {pipeline.denoiser}",
         "from peft import PeftModel",
         "",
-        f"denoiser = {pipeline.denoiser}.from_pretrained({backbone.reference!r}, subfolder={pipeline.part!r})",
+        f"denoiser = {pipeline.denoiser}.from_pretrained({backbone.reference!r}{subfolder})",
         "PeftModel.from_pretrained(denoiser, FOLDER)  # puts the adapter into it; the folder of this file",
         f"pipeline = DiffusionPipeline.from_pretrained({backbone.reference!r}, {pipeline.part}=denoiser)",
     ]
