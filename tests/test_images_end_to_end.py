@@ -211,7 +211,9 @@ def test_clients_measure_kid_of_their_own_images_where_asked(tmp_path: Path) -> 
     found = federate(image_config(tmp_path / "run", "text", partition__alpha=100.0, **KID))
     assert [entry["client"] for entry in found["personal"]] == [0, 1, 2] and not found["personal_rejected"]
     for state in STATES:
-        assert all(set(entry[state]) == {"denoising_loss", "kid", "kid_std"} for entry in found["personal"])
+        assert all(
+            set(entry[state]) == {"denoising_loss", "kid", "kid_std", "diversity"} for entry in found["personal"]
+        )
     distances = {entry["frozen"]["kid"] for entry in found["personal"]}
     assert len(distances) == 3, "every client has images of its own"
 
@@ -233,7 +235,7 @@ def test_a_client_with_hardly_an_image_keeps_its_personal_adapter(tmp_path: Path
     found = federate(config)
     there = sorted(f.parent.name for f in (tmp_path / "run" / "clients").glob("*/adapter_model.safetensors"))
     assert there == ["0", "1", "2"]
-    assert found["final"]["personal"]["personal"].keys() == {"denoising_loss", "kid", "kid_std"}
+    assert found["final"]["personal"]["personal"].keys() == {"denoising_loss", "kid", "kid_std", "diversity"}
 
 
 def test_where_nothing_is_to_be_measured_nothing_is(tmp_path: Path) -> None:

@@ -236,6 +236,8 @@ def show_results(folder: Path, console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    if basis := report.basis(final["metrics"] or {}):
+        console.print(f"{names[0]}{basis}", highlight=False, soft_wrap=True)
     uplink = final["uplink_bytes_per_client_round"]
     if uplink is not None:
         console.print(

@@ -68,6 +68,8 @@ def load_task(name: str) -> Task:
     try:
         return cast(Task, importlib.import_module(f"fedgen_app.tasks.{name.replace('-', '_')}").TASK)
     except ModuleNotFoundError as error:
+        if error.name not in ("diffusers", "PIL"):
+            raise
         raise SettingsError(f"task = {name!r} needs {error.name}: pip install 'fedgen-edge[images]'") from None
 
 

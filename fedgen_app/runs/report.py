@@ -134,7 +134,15 @@ def _metrics(metrics: Mapping[str, Any] | None) -> str:
         return "no test data on the server"
     name = headline(metrics)
     alike = ALIKE if metrics.get("diversity", 1.0) < LEAST_DIVERSITY else ""
-    return f"{name.replace('_', ' ')} {number(metrics[name])}{alike}"
+    return f"{name.replace('_', ' ')} {number(metrics[name])}{basis(metrics)}{alike}"
+
+
+def basis(metrics: Mapping[str, Any]) -> str:
+    """What a distance between images is worth: the extractor, n, and what real images have among themselves."""
+    if "features" not in metrics:
+        return ""
+    floor = f", floor {number(metrics['fid_floor'])}" if "fid_floor" in metrics else ""
+    return f" (n {metrics['samples']}, {metrics['features']}{floor})"
 
 
 def number(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 VERSION = 2  # of what the caches hold
 ENCODED = 16  # images per forward pass of an autoencoder, and fewer of those above 128x128:
 ENCODED_PIXELS = ENCODED * 128**2  # its activations are many times larger than they are
+LEAST_COMPARED = 4  # images on either side, for FID and KID
 SHOWN = 10  # captions or classes that samples show where the user names none
 
 
@@ -332,10 +334,21 @@ def load_test(settings: Settings, backbone: Backbone) -> Examples | None:
     if found is None:
         return None
     order = np.random.default_rng(derive(settings.seed, "test")).permutation(len(found))
-    wanted = min(settings.metrics.samples, len(order))
-    reference = _reference(settings, backbone, found, order[:wanted], order[wanted : 2 * wanted]) if wanted else None
-    rows = order[: settings.test_sequences] if settings.test_sequences else order
-    return _encoded(settings, backbone, found).take(np.sort(rows), reference)
+    wanted, reference = min(settings.metrics.samples, len(order)), None
+    if wanted >= LEAST_COMPARED:
+        reference = _reference(settings, backbone, found, order[:wanted], order[wanted : 2 * wanted])
+    elif wanted:
+        log.warning("FID and KID are left out: %d test images or metrics.samples; they need %d", wanted, LEAST_COMPARED)
+    rows = np.sort(order[: settings.test_sequences] if settings.test_sequences else order)
+    tested = _subset(found, rows)  # so that no image is encoded that is not measured
+    return _encoded(settings, backbone, tested).take(np.arange(len(tested)), reference)
+
+
+def _subset(found: Pictures, chosen: Array) -> Pictures:
+    labels, captions = (
+        None if texts is None else tuple(texts[i] for i in chosen) for texts in (found.labels, found.captions)
+    )
+    return dataclasses.replace(found, pixels=found.pixels[chosen], labels=labels, captions=captions)
 
 
 def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:

@@ -82,6 +82,10 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: 
         return Loaded(denoiser, pipeline)
     if pipeline.condition != "text":
         raise SettingsError("lora.text-encoder = true: this backbone has no text encoder")
+    if pipeline.kind != LOADED_BY_DIFFUSERS:
+        raise SettingsError(
+            f"lora.text-encoder = true: for a {LOADED_BY_DIFFUSERS} only, and this is a {pipeline.kind}"
+        )
     adapted = Adapted(denoiser, load_text_encoder(folder, dtype, device))
     return Loaded(adapted, dataclasses.replace(pipeline, learns_text=True))
 
@@ -310,7 +314,7 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
     Returns:
         ``fid``, ``kid``, ``kid_std``, ``samples`` (n), ``features`` (the extractor), ``fid_floor`` and ``kid_floor``
         (n real images against n others), ``diversity`` (spread of the features, 1: as real ones), ``kid_by_class``,
-        and ``denoising_loss``. On a client KID alone: FID is of no use with so few images.
+        and ``denoising_loss``. On a client KID and diversity alone: FID is of no use with so few images.
     """
     measured: Metrics = {}
     if isinstance(examples.reference, Reference):
@@ -323,7 +327,7 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
             # Too few images, or no extractor on this device: no reason to go without a personal adapter.
             log.warning("KID is not measured: %s", error)
         if examples.reference.own:
-            measured = {name: measured[name] for name in ("kid", "kid_std") if name in measured}
+            measured = {name: measured[name] for name in ("kid", "kid_std", "diversity") if name in measured}
     return {**measured, "denoising_loss": denoising_loss(backbone, examples, seed)}
 
 
