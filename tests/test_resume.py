@@ -65,7 +65,12 @@ def told(folder: Path) -> list[dict[str, Any]]:
 def interrupt(folder: Path, moment: Callable[[dict[str, Any]], bool], how: signal.Signals) -> Ended:
     """Start a run in a process of its own and send it a signal as soon as an event says that the moment is there."""
     process = subprocess.Popen(
-        [FEDGEN, *run_arguments(folder, **LENGTH)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [FEDGEN, *run_arguments(folder, **LENGTH)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that a shell started in the background ignore Ctrl-C, and hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         end = time.monotonic() + PATIENCE
