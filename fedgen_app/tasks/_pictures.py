@@ -85,17 +85,20 @@ def pictures(settings: Settings, pipeline: Pipeline, source: str, split: Split) 
     """
     if not _local(source):
         return _from_hub(settings, pipeline, source, split)
-    absent: list[None] = []
 
     def build() -> Arrays:
         found = _read(settings, pipeline, source, split)
-        if found is None:
-            absent.append(None)
-            return {"absent": np.ones(1, np.uint8)}
-        return _packed(found)
+        return {"absent": np.ones(1, np.uint8)} if found is None else _packed(found)
 
     arrays = cached("pictures", _key(settings, pipeline, source, split), build)
     return None if "absent" in arrays else _unpacked(arrays)
+
+
+def _training_pictures(settings: Settings, backbone: Backbone, source: str) -> Pictures:
+    found = pictures(settings, cast(Pipeline, backbone.processor), source, "train")
+    if found is None:
+        raise DataError(f"{source}: no training images")
+    return found
 
 
 @functools.lru_cache(maxsize=2)
@@ -247,9 +250,7 @@ def _encoded(settings: Settings, backbone: Backbone, found: Pictures) -> Encoded
 @functools.lru_cache(maxsize=1)
 def _training(settings: Settings, backbone: Backbone, source: str) -> tuple[Pictures, Encoded]:
     """A source's training images; kept for the next client that this process serves."""
-    found = pictures(settings, cast(Pipeline, backbone.processor), source, "train")
-    if found is None:
-        raise DataError(f"{source}: no training images")
+    found = _training_pictures(settings, backbone, source)
     if found.skipped:
         log.warning("%s: %d images cannot be read and are left out", found.name, found.skipped)
     return found, _encoded(settings, backbone, found)
@@ -257,10 +258,7 @@ def _training(settings: Settings, backbone: Backbone, source: str) -> tuple[Pict
 
 def split(settings: Settings, backbone: Backbone, clients: int) -> Partition:
     """Who owns which images of the training split."""
-    found = pictures(settings, cast(Pipeline, backbone.processor), settings.dataset, "train")
-    if found is None:
-        raise DataError(f"{settings.dataset}: no training images")
-    return _split(settings, found, clients)
+    return _split(settings, _training_pictures(settings, backbone, settings.dataset), clients)
 
 
 def _split(settings: Settings, found: Pictures, clients: int) -> Partition:
@@ -363,7 +361,5 @@ def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:
         return (
             ("",) * SHOWN if pipeline.condition == "text" else tuple(map(str, range(min(SHOWN, pipeline.class_count))))
         )
-    found = pictures(settings, pipeline, settings.dataset, "train")
-    if found is None:
-        raise DataError(f"{settings.dataset}: no training images")
+    found = _training_pictures(settings, backbone, settings.dataset)
     return tuple(dict.fromkeys(_conditions(settings, pipeline, found)))[:SHOWN]
