@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from fedgen_app.federation import wire
 from fedgen_app.federation.client import Participant, Work, guarded, personal_plan, round_plan
-from fedgen_app.learning import adapters, training
+from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import load_task, open_backbone
 from fedgen_app.learning.export import export_personal
 from fedgen_app.learning.task import Metrics
@@ -47,7 +47,7 @@ def train(message: Message, context: Context) -> Message:
     adapters.write(model, work.start)
     plan = round_plan(settings, order.number, work.me.client, work.backbone.dtype)
     with step_bar(f"round {order.number}, client {work.me.client}") as on_step:
-        learned = training.train(
+        learned = work.task.train(
             model,
             work.task.loss(settings, work.backbone),
             work.data.train,
@@ -85,7 +85,7 @@ def personalise(message: Message, context: Context) -> Message:
         plan = personal_plan(settings, work.me.client, work.backbone.dtype)
         with step_bar(f"personal, client {work.me.client}") as on_step:
             loss = work.task.loss(settings, work.backbone)
-            training.train(model, loss, work.data.train, plan, anchor=work.start, on_step=on_step)
+            work.task.train(model, loss, work.data.train, plan, anchor=work.start, on_step=on_step)
     measured["personal"] = measure()
     examples = len(work.data.train)
     if settings.personal.epochs:

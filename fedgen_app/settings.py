@@ -167,6 +167,12 @@ class DiffusionSettings(Group):
         return value
 
 
+class GanSettings(Group):
+    """``gan.*``: how a generator and a discriminator learn."""
+
+    r1: NotNegative
+
+
 class MetricSettings(Group):
     """``metrics.*``: how generated images are measured."""
 
@@ -217,6 +223,7 @@ class Settings(Group):
     wire: WireSettings
     samples: SampleSettings
     diffusion: DiffusionSettings
+    gan: GanSettings
     metrics: MetricSettings
 
     @classmethod

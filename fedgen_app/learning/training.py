@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fedgen_app.errors import AdapterError, DataError
 from fedgen_app.learning.adapters import parameters
-from fedgen_app.learning.task import Examples, Loss
+
+if TYPE_CHECKING:
+    from fedgen_app.learning.task import Examples, Loss
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def planned_steps(examples: int, plan: Plan) -> int:
     return min(steps, plan.max_steps) if plan.max_steps else steps
 
 
-def _batches(count: int, plan: Plan, generator: torch.Generator) -> Iterator[list[Tensor]]:
+def batches(count: int, plan: Plan, generator: torch.Generator) -> Iterator[list[Tensor]]:
     """Per optimiser step a list of index tensors, one per batch; every example once per epoch."""
     for _ in range(plan.epochs):
         order = torch.split(torch.randperm(count, generator=generator), plan.batch_size)
@@ -73,8 +76,12 @@ def _batches(count: int, plan: Plan, generator: torch.Generator) -> Iterator[lis
             yield list(order[start : start + plan.accumulate])
 
 
-def _choose(model: nn.Module, trains: Callable[[str], bool]) -> dict[str, nn.Parameter]:
-    """The tensors that learn; the others need no gradient."""
+def choose(model: nn.Module, trains: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    """The tensors that learn; the others need no gradient.
+
+    Raises:
+        AdapterError: nothing is to be trained.
+    """
     learning = {}
     for key, parameter in parameters(model).items():
         parameter.requires_grad_(trains(key))
@@ -92,6 +99,7 @@ def train(
     plan: Plan,
     trains: Callable[[str], bool] = lambda key: True,
     anchor: Mapping[str, Tensor] | None = None,
+    drift: Mapping[str, Tensor] | None = None,
     on_step: Callable[[int, int], None] = lambda step, of: None,
 ) -> Trained:
     """Train the adapter that is in the model, in place.
@@ -99,6 +107,7 @@ def train(
     Args:
         trains: Which keys learn; the others stay as they are.
         anchor: Where ``plan.proximal`` pulls to.
+        drift: What is added to the gradients, by key.
         on_step: Called with (steps done, steps in all).
 
     Raises:
@@ -107,10 +116,11 @@ def train(
     """
     if len(examples) == 0:
         raise DataError("there is no example to train on")
-    learning = _choose(model, trains)
+    learning = choose(model, trains)
     device = next(iter(learning.values())).device
     rows = {name: tensor.to(device) for name, tensor in examples.rows.items()}
     shared = {name: tensor.to(device) for name, tensor in examples.shared.items()}
+    pushes = [(learning[k], tensor.to(device)) for k, tensor in (drift or {}).items() if k in learning]
     pull = [(p, anchor[k].to(device)) for k, p in learning.items()] if plan.proximal and anchor else []
     optimiser = torch.optim.AdamW(learning.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.half_precision)
@@ -119,7 +129,7 @@ def train(
     noise = torch.Generator(device).manual_seed(plan.seed)
     total, seen, step, steps = torch.zeros((), device=device), 0, 0, planned_steps(len(examples), plan)
     model.train()
-    for group in _batches(len(examples), plan, order):
+    for group in batches(len(examples), plan, order):
         size = sum(len(indices) for indices in group)
         for indices in group:
             batch = shared | {name: tensor[indices.to(device)] for name, tensor in rows.items()}
@@ -129,6 +139,9 @@ def train(
         if pull:
             penalty = sum((((p - w) ** 2).sum() for p, w in pull), torch.zeros((), device=device))
             torch.autograd.backward(scaler.scale(plan.proximal / 2 * penalty))
+        for parameter, push in pushes:
+            scaled = push * scaler.get_scale()  # as all gradients are until the update
+            parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
         if plan.decay:
             optimiser.param_groups[0]["lr"] = plan.learning_rate * (1 - step / steps)
         _update(optimiser, scaler, plan.clip_norm)

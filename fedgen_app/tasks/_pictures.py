@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,10 @@ from fedgen_app.learning.task import Examples, LocalData, Share
 from fedgen_app.runs.progress import step_bar
 from fedgen_app.seeds import derive
 from fedgen_app.settings import Settings, looks_like_path
-from fedgen_app.tasks._pipeline import Pipeline
+from fedgen_app.tasks._facts import Facts
+
+if TYPE_CHECKING:  # diffusers is for those who use it
+    from fedgen_app.tasks._pipeline import Pipeline
 
 Array = NDArray[Any]
 
@@ -56,7 +59,7 @@ def _local(source: str) -> bool:
     return source == "bundled" or looks_like_path(source)
 
 
-def _read(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> Pictures | None:
+def _read(settings: Settings, pipeline: Facts, source: str, split: Split) -> Pictures | None:
     return load_images(
         source,
         split,
@@ -67,7 +70,7 @@ def _read(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> 
     )
 
 
-def _key(settings: Settings, pipeline: Pipeline, source: str, split: str) -> dict[str, object]:
+def _key(settings: Settings, pipeline: Facts, source: str, split: str) -> dict[str, object]:
     return {
         "source": source_identity(source, split, "pictures"),
         "columns": [settings.text_column, settings.label_column],
@@ -77,7 +80,7 @@ def _key(settings: Settings, pipeline: Pipeline, source: str, split: str) -> dic
     }
 
 
-def pictures(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> Pictures | None:
+def pictures(settings: Settings, pipeline: Facts, source: str, split: Split) -> Pictures | None:
     """The images of a source; local ones from the machine's cache of decoded images, where they are there.
 
     Raises:
@@ -95,14 +98,14 @@ def pictures(settings: Settings, pipeline: Pipeline, source: str, split: Split) 
 
 
 def _training_pictures(settings: Settings, backbone: Backbone, source: str) -> Pictures:
-    found = pictures(settings, cast(Pipeline, backbone.processor), source, "train")
+    found = pictures(settings, cast(Facts, backbone.processor), source, "train")
     if found is None:
         raise DataError(f"{source}: no training images")
     return found
 
 
 @functools.lru_cache(maxsize=2)
-def _from_hub(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> Pictures | None:
+def _from_hub(settings: Settings, pipeline: Facts, source: str, split: Split) -> Pictures | None:
     return _read(settings, pipeline, source, split)
 
 
@@ -139,7 +142,7 @@ def prompts_of(settings: Settings, found: Pictures) -> tuple[str, ...]:
     return ("",) * len(found)
 
 
-def _conditions(settings: Settings, pipeline: Pipeline, found: Pictures) -> tuple[str, ...]:
+def _conditions(settings: Settings, pipeline: Facts, found: Pictures) -> tuple[str, ...]:
     """What the denoiser is told of each image: a prompt, a class's name or number, or nothing."""
     if pipeline.condition == "text":
         return prompts_of(settings, found)
@@ -224,12 +227,12 @@ class Encoded:
 
 
 def _encoded(settings: Settings, backbone: Backbone, found: Pictures) -> Encoded:
-    pipeline = cast(Pipeline, backbone.processor)
+    pipeline = cast(Facts, backbone.processor)
     pipeline.side_for(settings.resolution)
     rows: dict[str, Array] = {}
     shared: dict[str, Array] = {}
     if pipeline.has_vae:
-        rows["moments"] = _moments(settings, pipeline, backbone, found)
+        rows["moments"] = _moments(settings, cast("Pipeline", pipeline), backbone, found)
     else:
         rows["pixels"] = _channels_first(found.pixels)
     conditions = _conditions(settings, pipeline, found)
@@ -240,10 +243,11 @@ def _encoded(settings: Settings, backbone: Backbone, found: Pictures) -> Encoded
         distinct = sorted(set(conditions))
         numbers = {text: number for number, text in enumerate(distinct, start=1)}
         rows["caption"] = np.array([numbers[text] for text in conditions], np.int64)
-        if pipeline.learns_text:
-            shared["tokens"] = pipeline.tokens(["", *distinct]).numpy()
+        told = cast("Pipeline", pipeline)
+        if told.learns_text:
+            shared["tokens"] = told.tokens(["", *distinct]).numpy()
         else:
-            shared["hidden"] = _embeddings(pipeline, backbone, distinct)
+            shared["hidden"] = _embeddings(told, backbone, distinct)
     return Encoded(rows, shared)
 
 
@@ -319,7 +323,7 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
 def _reference(
     settings: Settings, backbone: Backbone, found: Pictures, chosen: Array, others: Array, own: bool = False
 ) -> Reference:
-    conditions = _conditions(settings, cast(Pipeline, backbone.processor), found)
+    conditions = _conditions(settings, cast(Facts, backbone.processor), found)
     labels = tuple(found.labels[i] for i in chosen) if found.labels is not None else ()
     told = tuple(conditions[i] for i in chosen)
     return Reference(found.pixels[chosen], told, labels, found.pixels[others], own)
@@ -327,7 +331,7 @@ def _reference(
 
 def load_test(settings: Settings, backbone: Backbone) -> Examples | None:
     """The server's test images, at most ``test-sequences``, and the real ones that generated ones are compared with."""
-    pipeline = cast(Pipeline, backbone.processor)
+    pipeline = cast(Facts, backbone.processor)
     found = pictures(settings, pipeline, settings.dataset, "test") if settings.dataset else None
     if found is None:
         return None
@@ -354,7 +358,7 @@ def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:
 
     A prompt that is generated from nothing is the empty text.
     """
-    pipeline = cast(Pipeline, backbone.processor)
+    pipeline = cast(Facts, backbone.processor)
     if settings.samples.prompts or pipeline.condition == "none":
         return settings.samples.prompts or ("",) * SHOWN
     if not settings.dataset:
