@@ -40,17 +40,24 @@ def _product_norm(b: Tensor, a: Tensor) -> float:
     return float(torch.linalg.matrix_norm(core))
 
 
-def change_norm(new: Adapter, old: Adapter, scaling: float) -> float:
-    """Frobenius norm of the change s (B' A' - B A) over all layers, in float64.
+def change_norm(new: Adapter, old: Adapter, scaling: float, old_scaling: float | None = None) -> float:
+    """Frobenius norm of the change s' B' A' - s B A over all layers, in float64.
 
-    Convolution factors are read as matrices: A (rank, everything else), B (d_out, rank).
+    The ranks of the two may differ. Convolution factors are read as matrices: A (rank, all else), B (d_out, rank).
+    Tensors that are no factors count as they are: of a whole model it is the norm of the change of its weights.
+
+    Args:
+        scaling: Of ``new``.
+        old_scaling: Of ``old``; None: the same.
     """
-    square = 0.0
+    square, outer = 0.0, scaling if old_scaling is None else old_scaling
     for key_a, key_b in pairs(new):
         a_new, a_old = (x[key_a].double().flatten(1) for x in (new, old))
         b_new, b_old = (x[key_b].double().flatten(1) for x in (new, old))
-        square += _product_norm(torch.cat([b_new, b_old], 1), torch.cat([a_new, -a_old], 0)) ** 2
-    return scaling * math.sqrt(square)
+        square += _product_norm(torch.cat([scaling * b_new, outer * b_old], 1), torch.cat([a_new, -a_old], 0)) ** 2
+    for key in (key for key in new if ".lora_" not in key):
+        square += float((new[key].double() - old[key].double()).square().sum())
+    return math.sqrt(square)
 
 
 def shrink(new: Adapter, old: Adapter, scaling: float, limit: float) -> Adapter:
