@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedgen_app.federation.client import load_method, lora_of
+from fedgen_app.federation.client import check_method, lora_of
 from fedgen_app.federation.roster import Roster
 from fedgen_app.federation.session import Session
 from fedgen_app.federation.strategy import FedLora
@@ -24,7 +24,7 @@ def main(grid: Grid, context: Context) -> None:
     with Session.open(settings) as run:
         if run.completed:
             return
-        task, method = load_task(settings.task), load_method(settings.method)
+        task, method = load_task(settings.task), check_method(settings)
         backbone = open_backbone(settings, weights=method.weights)
         test = task.load_test(settings, backbone) if settings.evaluate_every else None
         run.begin(task, method, backbone)

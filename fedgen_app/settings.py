@@ -97,6 +97,13 @@ class LoraSettings(Group):
     convolutions: bool
     text_encoder: bool
 
+    @field_validator("ranks")
+    @classmethod
+    def _largest_first_settled(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        if value and max(value) > info.data.get("rank", max(value)):
+            raise PydanticCustomError("ranks", "should hold no rank above lora.rank")
+        return value
+
     @property
     def scaling(self) -> float:
         """The factor s in W + s B A: alpha / r, with rsLoRA alpha / sqrt(r)."""
@@ -145,6 +152,7 @@ class AggregationSettings(Group):
     ]
     attackers: Annotated[float, Field(gt=0, lt=0.5)]
     norm_bound: Positive
+    layer_wise: bool
     residual_rank: Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -265,6 +273,7 @@ class Settings(Group):
     test_sequences: AtLeastZero
     num_server_rounds: AtLeastOne
     fraction_train: Fraction
+    selection: Literal["uniform", "examples"]
     expected_clients: AtLeastZero
     evaluate_every: AtLeastZero
     keep_checkpoints: AtLeastOne
@@ -351,9 +360,10 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, V
 
 
 def _explain(location: tuple[int | str, ...], value: object, message: str, run_config: RunConfig) -> str:
-    key = ".".join(str(part) for part in location)
+    key = ".".join(part for part in location if isinstance(part, str))  # less the place in a list
     if key not in run_config:
         return f"{key} is missing"
+    value = run_config[key]
     return f"{key} = {value!r}: {message.replace('Input should', 'should')}"
 
 

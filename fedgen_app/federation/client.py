@@ -18,7 +18,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from fedgen_app.errors import DataError, FedgenError, SettingsError
 from fedgen_app.federation import wire
 from fedgen_app.federation.local import Lesson, fine_tune, plain
-from fedgen_app.federation.method import ClientId, Lora, Method, Round
+from fedgen_app.federation.method import ClientId, Lora, Method, Round, weighted_mean
 from fedgen_app.federation.roster import parse_client
 from fedgen_app.learning import adapters, training
 from fedgen_app.learning.adapters import Adapter
@@ -50,6 +50,29 @@ def guarded(message: Message, context: Context, call_next: ClientAppCallable) ->
 def load_method(name: str) -> Method:
     """The method of a settings value: ``methods/<name>.py`` ends in ``METHOD``."""
     return cast(Method, importlib.import_module(f"fedgen_app.methods.{name.replace('-', '_')}").METHOD)
+
+
+def check_method(settings: Settings) -> Method:
+    """The method of these settings, after it said whether it works with them.
+
+    Raises:
+        SettingsError: names every setting that it refuses, and why.
+    """
+    method = load_method(settings.method)
+    objections = list(method.refuses(settings))
+    if settings.aggregation.layer_wise and method.rule is not weighted_mean:
+        objections.append(
+            f"aggregation.layer-wise = true: method = {settings.method} is no plain mean of factors, which alone can "
+            "be taken layer by layer"
+        )
+    if settings.lora.ranks and method.fit is None and set(settings.lora.ranks) != {settings.lora.rank}:
+        objections.append(
+            f"lora.ranks = {','.join(map(str, settings.lora.ranks))!r}: method = {settings.method} needs one rank for "
+            "all; flexlora, flora and hetlora take mixed ones"
+        )
+    if objections:
+        raise SettingsError("\n".join(objections))
+    return method
 
 
 def lora_of(settings: Settings) -> Lora:

@@ -17,8 +17,10 @@ from fedgen_app.errors import RunError
 from fedgen_app.federation import admission, wire
 from fedgen_app.federation.client import round_plan
 from fedgen_app.federation.exchange import TTL_MARGIN, Patience, Replies, collect
+from fedgen_app.federation.layerwise import layer_wise
 from fedgen_app.federation.method import ClientId, GlobalState, Lora, Method, Round, Update
-from fedgen_app.federation.roster import Roster, in_order
+from fedgen_app.federation.robust import objection, robust
+from fedgen_app.federation.roster import Roster, chosen_count, in_order
 from fedgen_app.learning.adapters import Layout, at_rank
 from fedgen_app.learning.training import planned_steps
 from fedgen_app.seeds import derive
@@ -73,6 +75,8 @@ class FedLora(Strategy):
     ) -> None:
         self.settings = settings
         self.method = method
+        rule = layer_wise(method.rule) if settings.aggregation.layer_wise else method.rule
+        self._rule = robust(rule, method.fit)
         self.lora = lora
         self.roster = roster
         self.state = state
@@ -177,6 +181,8 @@ class FedLora(Strategy):
         """
         if self.method.pooled and not self.roster.simulated:
             raise RunError(f"method = {self.settings.method}: for simulations only; no device gives its data away")
+        if reason := objection(self.settings.aggregation, self._chosen()):
+            raise RunError(reason)
         ranks = {client: self.rank(client) for client in in_order(self.roster.members)}
         other = {client: rank for client, rank in ranks.items() if rank != self.lora.rank}
         if other and self.method.fit is None:
@@ -186,6 +192,9 @@ class FedLora(Strategy):
                 f"one rank for all; set lora.rank = {min(ranks.values())}, or take a method for mixed ranks: "
                 "flexlora, flora or hetlora"
             )
+
+    def _chosen(self) -> int:
+        return chosen_count(len(self.roster.members), self.settings.fraction_train)
 
     def _parcel(self, number: int, client: ClientId) -> wire.Parcel:
         """What goes down to a client: the adapter at its rank, the residual, the method's own tensors."""
@@ -204,8 +213,9 @@ class FedLora(Strategy):
             RunError: no client is connected.
         """
         present = self._wait_for_clients(grid, server_round)
-        chosen = self.roster.choose(present, self.settings.fraction_train, self.settings.seed, server_round)
-        deadline = self.settings.round.deadline
+        s = self.settings
+        chosen = self.roster.choose(present, s.fraction_train, s.seed, server_round, s.selection)
+        deadline = s.round.deadline
         if self.method.pooled:
             return self.address(server_round, chosen[:1], TRAIN, deadline * len(chosen), self._steps(chosen))
         return self.address(server_round, chosen, TRAIN, deadline)
@@ -290,10 +300,11 @@ class FedLora(Strategy):
         self.report("rejected", round=number, client=client, reason=rejection.reason, detail=str(rejection))
 
     def _aggregate(self, number: int, outcome: Outcome) -> None:
-        if not outcome.updates:
-            self.report("skipped", round=number)
+        reason = objection(self.settings.aggregation, len(outcome.updates))
+        if not outcome.updates or reason:
+            self.report("skipped", round=number, reason=reason or "no usable reply")
             return
-        self.state = self.method.rule(self.state, outcome.updates, self._round(number))
+        self.state = self._rule(self.state, outcome.updates, self._round(number))
 
     def _entry(self, number: int, outcome: Outcome) -> dict[str, Any]:
         total = sum(u.num_examples for u in outcome.updates)
@@ -334,7 +345,7 @@ class FedLora(Strategy):
         number = self.settings.num_server_rounds + 1
         present = self._wait_for_clients(grid, number)
         # More clients than in a round queue for the same machines.
-        per_round = len(self.roster.choose(present, self.settings.fraction_train, 0, 0))
+        per_round = chosen_count(len(present), self.settings.fraction_train)
         deadline = self.settings.round.deadline * math.ceil(len(present) / per_round)
         messages = self.address(number, present, PERSONALISE, deadline)
         names = dict(self._nodes)
