@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fedgen_app.data.partition import Partition
-from fedgen_app.learning import training
-from fedgen_app.learning.training import Plan, Trained
 from fedgen_app.settings import LoraSettings, Settings
 
 if TYPE_CHECKING:
@@ -34,11 +32,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the data a client owns: one part of a partition, or all of a device's own folder."""
+    """Which part of the data a client owns: one part of a partition, or all of a device's own folder.
+
+    ``pooled``: the training rows of all parts together; the hold-out stays the part's own.
+    """
 
     index: int = 0
     count: int = 1
     folder: str = ""
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,23 +88,6 @@ class Render:
     printable: bool
 
 
-class Trainer(Protocol):
-    """How the adapter in a model learns; ``training.train`` says what it is given."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        examples: Examples,
-        plan: Plan,
-        trains: Callable[[str], bool] = ...,
-        anchor: Mapping[str, Tensor] | None = ...,
-        drift: Mapping[str, Tensor] | None = ...,
-        on_step: Callable[[int, int], None] = ...,
-    ) -> Trained:
-        """Train the adapter that is in the model, in place."""
-
-
 @dataclass(frozen=True)
 class Task:
     """A task as a frozen value of functions; ``tasks/<name>.py`` ends in ``TASK = Task(...)``.
@@ -125,7 +110,7 @@ class Task:
         export: Writes what other software than PEFT opens, beside the adapter in PEFT's format.
         usage: Lines of Python for the model card that load the adapter from FOLDER.
         bundled_backbone: The name of the bundled backbone under ``fedgen_assets``; "" where there is none.
-        train: The loop that minimises the loss, where one loss and one optimiser are not enough.
+        train: A training loop of the task's own with the arguments of ``training.train``; None: that one.
     """
 
     lora_targets: Callable[[nn.Module, LoraSettings], tuple[str, ...]]
@@ -145,4 +130,4 @@ class Task:
     export: Callable[[Path, Backbone, Mapping[str, Tensor]], None]
     usage: Callable[[Backbone], Sequence[str]]
     bundled_backbone: str
-    train: Trainer = training.train
+    train: Callable[..., Any] | None = None

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fedgen_app.errors import AdapterError, DataError
 from fedgen_app.learning.adapters import parameters
-
-if TYPE_CHECKING:
-    from fedgen_app.learning.task import Examples, Loss
+from fedgen_app.learning.task import Examples, Loss
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,12 @@ def batches(count: int, plan: Plan, generator: torch.Generator) -> Iterator[list
 
 
 def choose(model: nn.Module, trains: Callable[[str], bool]) -> dict[str, nn.Parameter]:
-    """The tensors that learn; the others need no gradient.
+    """The tensors that learn; the others, a frozen residual's too, need no gradient.
 
     Raises:
         AdapterError: nothing is to be trained.
     """
+    model.requires_grad_(False)
     learning = {}
     for key, parameter in parameters(model).items():
         parameter.requires_grad_(trains(key))
@@ -107,7 +105,7 @@ def train(
     Args:
         trains: Which keys learn; the others stay as they are.
         anchor: Where ``plan.proximal`` pulls to.
-        drift: What is added to the gradients, by key.
+        drift: What is added to the gradient of each key before clipping (SCAFFOLD's c - c_i).
         on_step: Called with (steps done, steps in all).
 
     Raises:
@@ -120,8 +118,8 @@ def train(
     device = next(iter(learning.values())).device
     rows = {name: tensor.to(device) for name, tensor in examples.rows.items()}
     shared = {name: tensor.to(device) for name, tensor in examples.shared.items()}
-    pushes = [(learning[k], tensor.to(device)) for k, tensor in (drift or {}).items() if k in learning]
     pull = [(p, anchor[k].to(device)) for k, p in learning.items()] if plan.proximal and anchor else []
+    corrections = [(p, drift[k].to(device)) for k, p in learning.items()] if drift else []
     optimiser = torch.optim.AdamW(learning.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.half_precision)
     torch.manual_seed(plan.seed)  # dropout draws from the global generator
@@ -136,12 +134,10 @@ def train(
             value = loss(model, batch, noise)
             torch.autograd.backward(scaler.scale(value * (len(indices) / size)))
             total += value.detach() * len(indices)
-        if pull:
-            penalty = sum((((p - w) ** 2).sum() for p, w in pull), torch.zeros((), device=device))
-            torch.autograd.backward(scaler.scale(plan.proximal / 2 * penalty))
-        for parameter, push in pushes:
-            scaled = push * scaler.get_scale()  # as all gradients are until the update
-            parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
+        if pull or corrections:
+            penalty = plan.proximal / 2 * sum((((p - w) ** 2).sum() for p, w in pull), torch.zeros((), device=device))
+            penalty = sum(((p * c).sum() for p, c in corrections), penalty)  # its gradient is c
+            torch.autograd.backward(scaler.scale(penalty))
         if plan.decay:
             optimiser.param_groups[0]["lr"] = plan.learning_rate * (1 - step / steps)
         _update(optimiser, scaler, plan.clip_norm)
