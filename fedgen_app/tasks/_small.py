@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedgen_app.errors import BackboneError, SettingsError
@@ -87,7 +89,9 @@ def open_small(kind: type[GAN] | type[VAE], folder: Path, dtype: torch.dtype, de
         BackboneError: the folder holds no such networks.
     """
     try:
-        model = cast(Any, kind).from_pretrained(str(folder), strict=True, local_files_only=True)
+        # Not ``from_pretrained``, which prints a line, and takes a file that lacks weights.
+        model = kind(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise BackboneError(f"{folder}: no {kind.__name__} of FedGen-Edge's own kind: {first}") from None
