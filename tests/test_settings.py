@@ -76,6 +76,7 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "diffusion.caption": ["a photo", "{} and {}", "{name}"],
     "diffusion.caption-dropout": [1, -0.1],
     "diffusion.min-snr": [-1, math.inf],
+    "gan.r1": [-0.1, math.inf],
     "metrics.samples": [-1],
     "metrics.personal-samples": [-1],
     "metrics.features": [""],
