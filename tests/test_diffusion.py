@@ -34,10 +34,13 @@ from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.learning.export import card, save_peft
 from fedgen_app.learning.task import Examples
 from fedgen_app.settings import SampleSettings
-from fedgen_app.tasks import diffusion
+from fedgen_app.tasks import _objective
+from fedgen_app.tasks._denoiser import predict
+from fedgen_app.tasks._objective import denoising_loss
 from fedgen_app.tasks._pictures import Reference
 from fedgen_app.tasks._pipeline import Pipeline
-from fedgen_app.tasks.diffusion import TASK, denoising_loss, generate, predict
+from fedgen_app.tasks._sampling import generate
+from fedgen_app.tasks.diffusion import TASK
 
 STEPS = 100  # of the tiny pipelines' schedules
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -132,9 +135,9 @@ def test_latents_are_drawn_anew_from_the_same_moments() -> None:
     batch = batch_of(backbone)
     moments = batch["moments"]
     noise = torch.Generator().manual_seed(0)
-    one, other = (diffusion._clean(told(backbone), batch, noise) for _ in range(2))
+    one, other = (_objective._clean(told(backbone), batch, noise) for _ in range(2))
     assert not torch.equal(one, other)
-    many = torch.stack([diffusion._clean(told(backbone), batch, noise) for _ in range(400)]) / 0.5  # scaling_factor
+    many = torch.stack([_objective._clean(told(backbone), batch, noise) for _ in range(400)]) / 0.5  # scaling_factor
     assert torch.allclose(many.mean(0), moments[:, :4], atol=0.4 * float(many.std(0).max()))
     assert float(many.std(0).mean()) == pytest.approx(float((0.5 * moments[:, 4:]).exp().mean()), rel=0.02)
 
@@ -145,7 +148,7 @@ def test_a_schedule_that_ends_in_pure_noise_gives_no_nan(gamma: float, sampler: 
     backbone = loud(rescheduled(tmp_path, "text", "zero terminal"))
     assert float(told(backbone).noise.alphas_cumprod[-1]) == 0
     last = torch.full((1,), STEPS - 1)
-    assert torch.isfinite(diffusion._weights(told(backbone), last, 5.0)).all()
+    assert torch.isfinite(_objective._weights(told(backbone), last, 5.0)).all()
     batch = batch_of(backbone)
     assert all(math.isfinite(loss_of(backbone, batch, seed, diffusion__min_snr=gamma)) for seed in range(10))
     images = generate(backbone, ["a photo of a disc"] * 3, 0, options(sampler=sampler, steps=5))
@@ -157,7 +160,7 @@ def test_the_measured_loss_counts_every_row_and_every_timestep_equally() -> None
     batch = batch_of(backbone, 6)
     shared, seen = {"hidden": batch["hidden"]}, []
     examples = Examples({k: v for k, v in batch.items() if k not in shared}, {}, shared)
-    plain = diffusion._errors
+    plain = _objective._errors
 
     def watched(*arguments: Any) -> Tensor:
         errors = plain(*arguments)
@@ -167,11 +170,11 @@ def test_the_measured_loss_counts_every_row_and_every_timestep_equally() -> None
         return errors
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion, "_errors", watched)
+        patch.setattr(_objective, "_errors", watched)
         measured = denoising_loss(backbone, examples, 5)
     assert measured == pytest.approx(sum(error for _, _, error in seen) / len(seen), rel=1e-6)
     rows = [row for row, _, _ in seen]
-    assert len(seen) >= diffusion.LEAST_DRAWS and {rows.count(row) for row in set(rows)} == {len(seen) // 6}
+    assert len(seen) >= _objective.LEAST_DRAWS and {rows.count(row) for row in set(rows)} == {len(seen) // 6}
     steps = [step for _, step, _ in seen]
     often = [steps.count(step) for step in range(STEPS)]
     assert max(often) - min(often) <= 1

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from fedgen_app.data.cache import Arrays, cached, source_identity
-from fedgen_app.data.images import Pictures, load_images
+from fedgen_app.data.decoding import Pictures
+from fedgen_app.data.images import load_images
 from fedgen_app.data.local import Split, holdout
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError

@@ -1,0 +1,96 @@
+"""What images of a model are worth: FID and KID against real ones, and the denoising loss."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, cast
+
+import torch
+
+from fedgen_app.errors import MetricError, SettingsError
+from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.task import Examples, Metrics
+from fedgen_app.seeds import derive
+from fedgen_app.settings import Settings
+from fedgen_app.tasks._objective import denoising_loss
+from fedgen_app.tasks._pictures import Reference
+from fedgen_app.tasks._pipeline import Pipeline
+from fedgen_app.tasks._sampling import generate
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: int) -> Metrics:
+    """The denoising loss; and where there are images to compare with, FID, KID and what goes with them.
+
+    The frozen, the global and a personal adapter are measured with the same noise.
+
+    Returns:
+        ``fid``, ``kid``, ``kid_std``, ``samples`` (n), ``features`` (the extractor), ``fid_floor`` and ``kid_floor``
+        (n real images against n others), ``diversity`` (spread of the features, 1: as real ones), ``kid_by_class``,
+        and ``denoising_loss``. On a client KID and diversity alone: FID is of no use with so few images.
+    """
+    measured: Metrics = {}
+    if isinstance(examples.reference, Reference):
+        try:
+            measured = _quality_of(settings, backbone, examples.reference, seed)
+        # SettingsError: the server's file of weights is not on this device.
+        except (MetricError, SettingsError) as error:
+            if not examples.reference.own:
+                raise
+            # Too few images, or no extractor on this device: no reason to go without a personal adapter.
+            log.warning("KID is not measured: %s", error)
+        if examples.reference.own:
+            measured = {name: measured[name] for name in ("kid", "kid_std", "diversity") if name in measured}
+    return {**measured, "denoising_loss": denoising_loss(backbone, examples, seed)}
+
+
+def _quality_of(settings: Settings, backbone: Backbone, real: Reference, seed: int) -> Metrics:
+    try:
+        from fedgen_app.tasks import _quality
+    except ModuleNotFoundError as error:
+        raise MetricError(f"metrics.samples needs {error.name}: pip install 'fedgen-edge[sim]'") from None
+
+    pipeline = cast(Pipeline, backbone.processor)
+    side = pipeline.side_for(settings.resolution)
+    images = generate(backbone, real.prompts, derive(seed, "measured"), settings.samples, side)
+    extractor = _extractor(settings, backbone.device, real.own)
+    drawn, there = _quality.extract(extractor, images), _quality.reference(extractor, real.pixels)
+    found: Metrics = {**_quality.compare(drawn, there, seed), "samples": len(images), "features": extractor.name}
+    if len(real.others) == len(real.pixels):
+        floor = _quality.compare(_quality.reference(extractor, real.others), there, seed)
+        found |= {"fid_floor": floor["fid"], "kid_floor": floor["kid"]}
+    found["diversity"] = _quality.diversity(drawn, there)
+    if real.labels:
+        found["kid_by_class"] = _quality.per_class(drawn, real.labels, there, real.labels, seed)
+    return found
+
+
+def _extractor(settings: Settings, device: torch.device, own: bool) -> Any:
+    """What turns images into features.
+
+    ``auto`` is the bundled extractor for the bundled pictures, else Inception; where that cannot be had, the bundled
+    one with a warning: the metrics' ``features`` says which it was. Not on a client (``own``): its KID goes into a
+    mean with the others', and a mean over two extractors says nothing.
+    """
+    from fedgen_app.tasks import _quality
+
+    wanted = settings.metrics.features
+    if wanted != "auto":
+        return _quality.open_extractor(wanted, device)
+    if settings.dataset == "bundled":
+        return _quality.open_extractor("bundled", device)
+    return _quality.open_extractor("inception", device) if own else _inception_or_bundled(device)
+
+
+@functools.lru_cache(maxsize=1)
+def _inception_or_bundled(device: torch.device) -> Any:
+    """One of them for as long as the process lives: the rounds of a run are compared with each other."""
+    from fedgen_app.tasks import _quality
+
+    try:
+        return _quality.open_extractor("inception", device)
+    except MetricError as error:
+        log.warning("%s; measured with the bundled extractor instead", error)
+        return _quality.open_extractor("bundled", device)
