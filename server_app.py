@@ -57,5 +57,5 @@ def main(grid: Grid, context: Context) -> None:
         )
         strategy.start(grid, evaluate_fn=evaluate)
         if settings.personal.epochs or (settings.evaluate_every and test is None):
-            run.keep_personal(*strategy.personalise(grid))
+            run.keep_personal(*strategy.personalise(grid, task.client_metrics(settings, backbone)))
         run.finish(strategy.state)

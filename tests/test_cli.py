@@ -114,6 +114,7 @@ WRONG = {
     "metrics.samples": "-1",
     "metrics.personal-samples": "-1",
     "metrics.features": "/no/such/weights",
+    "metrics.classes": "bag,coat,bag",
     # Checked against this machine.
     "dataset": "/no/such/place",
     "lora.init": "/no/such/adapter",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import ROOT, command, events, federate, results, without_times
 from PIL import Image
-from pipelines import CLASSES, MAKERS, draw, image_config, image_settings
+from pipelines import CLASSES, MAKERS, draw, image_config, image_settings, write_images
 from safetensors.torch import load_file
 
 from fedgen_app.learning import adapters
@@ -35,6 +35,7 @@ BARE: dict[str, Value] = {"samples__count": 0, "evaluate_every": 0, "personal__e
 # Clients draw images of their own; the server does not.
 KID: dict[str, Value] = {
     "metrics__personal_samples": 8,
+    "holdout_fraction": 0.5,
     "metrics__samples": 0,
     "num_server_rounds": 1,
     "samples__count": 0,
@@ -235,7 +236,37 @@ def test_a_client_with_hardly_an_image_keeps_its_personal_adapter(tmp_path: Path
     found = federate(config)
     there = sorted(f.parent.name for f in (tmp_path / "run" / "clients").glob("*/adapter_model.safetensors"))
     assert there == ["0", "1", "2"]
-    assert found["final"]["personal"]["personal"].keys() == {"denoising_loss", "kid", "kid_std", "diversity"}
+    assert [entry["client"] for entry in found["personal"]] == [0, 1, 2] and not found["personal_rejected"]
+    small = [entry for entry in found["personal"] if set(entry["personal"]) == {"denoising_loss"}]
+    assert small, "every client has images enough"
+    assert found["final"]["personal_clients"] == {"denoising_loss": 3} | dict.fromkeys(
+        ("kid", "kid_std", "diversity"), 3 - len(small)
+    )
+    for state in STATES:
+        assert found["final"]["personal"][state].keys() == {"denoising_loss", "kid", "kid_std", "diversity"}
+        for metric in ("denoising_loss", "kid"):
+            pairs = [(e["examples"], e[state][metric]) for e in found["personal"] if metric in e[state]]
+            mean = sum(n * value for n, value in pairs) / sum(n for n, _ in pairs)
+            assert found["final"]["personal"][state][metric] == pytest.approx(mean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "dit"])
+def test_each_client_says_how_each_class_is_drawn(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "many"
+    source.mkdir()
+    write_images(source / "train.npz", 130, 1)
+    many = KID | {"dataset": str(source), "metrics__personal_samples": 1000, "personal__max_steps": 2}
+    found = federate(image_config(tmp_path / "run", kind, partition__by="iid", max_steps=2, **many), clients=2)
+    for entry in found["personal"]:
+        for state in STATES:
+            assert set(entry[state]["kid_by_class"]) == set(CLASSES)
+            # The figure for all classes together cannot be had from it, and is there too.
+            assert np.isfinite([entry[state]["kid"], *entry[state]["kid_by_class"].values()]).all()
+    whole = {state: found["final"]["personal"][state]["kid_by_class"] for state in STATES}
+    assert all(set(whole[state]) == set(CLASSES) for state in STATES)
+    assert len({value for state in STATES for value in whole[state].values()}) == 9
+    assert found["final"]["personal_clients"]["kid_by_class"] == 2
 
 
 def test_where_nothing_is_to_be_measured_nothing_is(tmp_path: Path) -> None:

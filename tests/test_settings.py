@@ -77,6 +77,7 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "metrics.samples": [-1],
     "metrics.personal-samples": [-1],
     "metrics.features": [""],
+    "metrics.classes": ["bag,coat,bag"],
 }
 ANY_TEXT = {
     "output-dir",

@@ -16,7 +16,7 @@ from fedgen_app.settings import LoraSettings, Settings
 if TYPE_CHECKING:
     from fedgen_app.learning.backbone import Backbone
 
-# Numbers by name. The server's may hold more: a name ("features"), or numbers by class.
+# Numbers by name, and numbers by class. The server's may hold a name as well ("features").
 Metrics = dict[str, Any]
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
@@ -61,10 +61,15 @@ class Examples:
 
 @dataclass(frozen=True)
 class LocalData:
-    """What one client owns: its training rows and its hold-out."""
+    """What one client owns: its training rows and its hold-out.
+
+    Attributes:
+        classes: Names that the server knows as well, in the same order: metrics by class travel under their numbers.
+    """
 
     train: Examples
     holdout: Examples
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ class Task:
         split: Who owns which documents in a simulation of so many clients.
         loss: The function that training minimises: mean loss of a batch.
         evaluate: Metrics of the model as it is now; the seed fixes whatever noise they need.
+        client_metrics: The names of the numbers that a client may send, each with its place in the client's entry of
+            results.json: ``{"kid": ("kid",), "kid_by_class_3": ("kid_by_class", "bag")}``. Only the server asks.
         sample: Generates from the model as it is now, one thing per prompt: (settings, backbone, prompts, seed).
         prompts: What to generate from where the user names nothing.
         render: One file's bytes that show samples.
@@ -118,6 +125,7 @@ class Task:
     split: Callable[[Settings, Backbone, int], Partition]
     loss: Callable[[Settings, Backbone], Loss]
     evaluate: Callable[[Settings, Backbone, Examples, int], Metrics]
+    client_metrics: Callable[[Settings, Backbone], Mapping[str, tuple[str, ...]]]
     sample: Callable[[Settings, Backbone, Sequence[str], int], list[Sample]]
     prompts: Callable[[Settings, Backbone], tuple[str, ...]]
     render: Render

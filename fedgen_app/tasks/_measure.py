@@ -14,11 +14,22 @@ from fedgen_app.learning.task import Examples, Metrics
 from fedgen_app.seeds import derive
 from fedgen_app.settings import Settings
 from fedgen_app.tasks._objective import denoising_loss
-from fedgen_app.tasks._pictures import Reference
+from fedgen_app.tasks._pictures import Reference, class_names
 from fedgen_app.tasks._pipeline import Pipeline
 from fedgen_app.tasks._sampling import generate
 
+OWN = ("kid", "kid_std", "diversity", "kid_by_class")  # what a client says of its images, beside the loss
 log = logging.getLogger(__name__)
+
+
+def client_metrics(settings: Settings, backbone: Backbone) -> dict[str, tuple[str, ...]]:
+    """What a client may send and where it stands in results.json: its loss and, where asked for, KID, by class too."""
+    if not settings.metrics.personal_samples:
+        return {"denoising_loss": ("denoising_loss",)}
+    classes = enumerate(class_names(settings, backbone))
+    return {name: (name,) for name in (*OWN[:-1], "denoising_loss")} | {
+        f"{OWN[-1]}_{number}": (OWN[-1], name) for number, name in classes
+    }
 
 
 def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: int) -> Metrics:
@@ -29,7 +40,7 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
     Returns:
         ``fid``, ``kid``, ``kid_std``, ``samples`` (n), ``features`` (the extractor), ``fid_floor`` and ``kid_floor``
         (n real images against n others), ``diversity`` (spread of the features, 1: as real ones), ``kid_by_class``,
-        and ``denoising_loss``. On a client KID and diversity alone: FID is of no use with so few images.
+        and ``denoising_loss``. On a client no FID, which is of no use with so few images, and no floor.
     """
     measured: Metrics = {}
     if isinstance(examples.reference, Reference):
@@ -42,7 +53,7 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
             # Too few images, or no extractor on this device: no reason to go without a personal adapter.
             log.warning("KID is not measured: %s", error)
         if examples.reference.own:
-            measured = {name: measured[name] for name in ("kid", "kid_std", "diversity") if name in measured}
+            measured = {name: measured[name] for name in OWN if name in measured}
     return {**measured, "denoising_loss": denoising_loss(backbone, examples, seed)}
 
 

@@ -20,7 +20,7 @@ from fedgen_app.learning.task import Loaded, Render, Sample, Task
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid
-from fedgen_app.tasks._measure import evaluate
+from fedgen_app.tasks._measure import client_metrics, evaluate
 from fedgen_app.tasks._objective import loss
 from fedgen_app.tasks._pictures import load_data, load_test, prompts, split
 from fedgen_app.tasks._pipeline import Adapted, Pipeline, load_text_encoder, open_pipeline, place_of, weight_files
@@ -172,6 +172,7 @@ TASK = Task(
     split=split,
     loss=loss,
     evaluate=evaluate,
+    client_metrics=client_metrics,
     sample=sample,
     prompts=prompts,
     render=Render(".png", _grid.one, printable=False),

@@ -30,6 +30,7 @@ TARGETS: tuple[tuple[str, ...], ...] = (
     ("q", "v"),
     ("Wqkv",),
 )
+METRICS = ("word_perplexity", "token_perplexity", "bits_per_byte")
 PROMPTS = ("And it came to pass", "My fellow citizens,", "The captain")
 
 
@@ -110,11 +111,12 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
     """
     nats = negative_log_likelihood(backbone, examples)
     counts = examples.counts
-    return {
-        "word_perplexity": math.exp(min(nats / max(1, counts["words"]), 690.0)),
-        "token_perplexity": math.exp(min(nats / max(1, counts["tokens"]), 690.0)),
-        "bits_per_byte": nats / math.log(2) / max(1, counts["bytes"]),
-    }
+    figures = (
+        math.exp(min(nats / max(1, counts["words"]), 690.0)),
+        math.exp(min(nats / max(1, counts["tokens"]), 690.0)),
+        nats / math.log(2) / max(1, counts["bytes"]),
+    )
+    return dict(zip(METRICS, figures, strict=True))
 
 
 def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:
@@ -185,6 +187,7 @@ TASK = Task(
     split=split,
     loss=lambda settings, backbone: cross_entropy,
     evaluate=evaluate,
+    client_metrics=lambda settings, backbone: {name: (name,) for name in METRICS},
     sample=sample,
     prompts=prompts,
     render=Render(".txt", encode, printable=True),
