@@ -28,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
         task, method = load_task(settings.task), load_method(settings.method)
         backbone = open_backbone(settings)
         test = task.load_test(settings, backbone) if settings.evaluate_every else None
-        run.begin(task, backbone)
+        run.begin(task, backbone, test)
 
         def evaluate(number: int, arrays: ArrayRecord) -> Metrics | None:
             if test is None:

@@ -27,19 +27,19 @@ from pipelines import CLASSES, MAKERS, image_settings, loud, tiny_pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedgen_app.errors import BackboneError, SettingsError
+from fedgen_app.errors import BackboneError, CheckpointError, SettingsError
 from fedgen_app.federation.aggregation import change_norm
 from fedgen_app.learning import adapters, training
 from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.learning.export import card, save_peft
 from fedgen_app.learning.task import Examples
 from fedgen_app.settings import SampleSettings
-from fedgen_app.tasks import _objective
+from fedgen_app.tasks import _measure, _objective
 from fedgen_app.tasks._denoiser import predict
 from fedgen_app.tasks._objective import denoising_loss
 from fedgen_app.tasks._pictures import Reference
 from fedgen_app.tasks._pipeline import Pipeline
-from fedgen_app.tasks._sampling import generate
+from fedgen_app.tasks._sampling import generate, pass_seconds
 from fedgen_app.tasks.diffusion import TASK
 
 STEPS = 100  # of the tiny pipelines' schedules
@@ -385,12 +385,13 @@ def test_a_client_without_images_enough_is_measured_by_its_loss_alone(caplog: py
     assert "need four images" in caplog.text
 
 
+def out_of_reach(*_: object, **__: object) -> None:
+    raise OSError("no net")
+
+
 def test_clients_without_the_servers_extractor_do_not_take_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def out_of_reach(*_: object, **__: object) -> None:
-        raise OSError("no net")
-
     monkeypatch.setattr(torch.hub, "download_url_to_file", out_of_reach)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     backbone = loud("text")
@@ -400,6 +401,36 @@ def test_clients_without_the_servers_extractor_do_not_take_another(
     for features in ("auto", str(tmp_path / "only-on-the-server.pth")):
         settings = image_settings("text", metrics__features=features)
         assert set(TASK.evaluate(settings, backbone, own, 0)) == {"denoising_loss"}
+
+
+def test_extractors_that_vanished_are_noticed_before_a_client_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", out_of_reach)
+    _measure._inception_or_bundled.cache_clear()
+    settings, backbone = image_settings("text", metrics__features="auto"), loud("text")
+    test = TASK.load_test(settings, backbone)
+    TASK.check(settings, backbone, test, None)
+    TASK.check(settings, backbone, test, {"features": "fedgen-small-32", "fid": 1.0})
+    with pytest.raises(CheckpointError, match="measured with inception-v3-2015-12-05, .* gives fedgen-small-32"):
+        TASK.check(settings, backbone, test, {"features": "inception-v3-2015-12-05", "fid": 1.0})
+
+
+def test_measuring_that_takes_long_is_warned_of(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    settings, backbone = image_settings("text", num_server_rounds=5, evaluate_every=2), loud("text")
+    test = TASK.load_test(settings, backbone)
+    TASK.check(settings, backbone, test, None)
+    assert "measuring takes" not in caplog.text, "a second or two is not worth a line"
+    one = pass_seconds(backbone, "a photo of a disc", settings.samples, 16)
+    assert 0 < one < 5
+    monkeypatch.setattr(_measure, "pass_seconds", lambda *_: 60.0)
+    TASK.check(settings, backbone, test, None)
+    # 12 images of 3 steps, a minute each; the frozen backbone and rounds 2, 4 and 5.
+    assert "up to 36 min each time and 2.4 h in the whole run: 12 images of 3 steps, 4 times" in caplog.text
+    monkeypatch.setattr(_measure, "pass_seconds", None)  # where nothing is drawn, nothing is timed
+    TASK.check(settings, backbone, None, None)
+    TASK.check(settings, backbone, TASK.load_test(image_settings("text", metrics__samples=0), backbone), None)
 
 
 # What a card's code is followed by in the fresh process: the same input through what it loaded.

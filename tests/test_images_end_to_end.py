@@ -17,10 +17,12 @@ from PIL import Image
 from pipelines import CLASSES, MAKERS, draw, image_config, image_settings, write_images
 from safetensors.torch import load_file
 
+from fedgen_app.errors import CheckpointError
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import open_backbone
 from fedgen_app.runs import report
 from fedgen_app.settings import Value
+from fedgen_app.tasks import _measure, _quality
 from fedgen_app.tasks._grid import BETWEEN, GAP, LEAST_SIDE, LINE
 
 STATES = ("frozen", "global", "personal")
@@ -197,6 +199,33 @@ def test_a_resumed_run_ends_as_one_that_was_left_alone(copy: Path, run: Any) -> 
 
 
 @pytest.mark.slow
+def test_a_run_does_not_go_on_with_another_feature_extractor(
+    copy: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = json.loads((copy / "settings.json").read_text())
+    config = kept | {"output-dir": str(copy), "resume-from": str(copy), "resume-round": 1, "metrics.features": "auto"}
+
+    def out_of_reach(*_: object, **__: object) -> None:
+        raise OSError("no net")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(copy))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", out_of_reach)
+    _measure._inception_or_bundled.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(_quality, "SMALL", "another-extractor")
+        _quality.open_extractor.cache_clear()
+        with pytest.raises(CheckpointError, match="with fedgen-small-32, and .* 'auto' gives another-extractor"):
+            federate(config)
+    assert results(copy)["status"] == "failed" and len(results(copy)["rounds"]) <= 1
+    # The same extractor under another setting is the same.
+    _quality.open_extractor.cache_clear()
+    _measure._inception_or_bundled.cache_clear()
+    found = federate(config)
+    assert found["status"] == "completed" and found["rounds"][1]["metrics"]["features"] == "fedgen-small-32"
+    assert found["final"]["metrics"] == results(run("latent"))["final"]["metrics"]
+
+
+@pytest.mark.slow
 def test_two_runs_of_one_seed_measure_the_same(tmp_path: Path, run: Any) -> None:
     again = federate(image_config(tmp_path / "again", "text", samples__every=0, **FAST))
     first = results(run("text"))
@@ -303,6 +332,32 @@ def test_generate_draws_with_each_adapter(run: Any, tmp_path: Path, monkeypatch:
     ended = command("generate", run("text"))
     assert ended.status == 0 and ended.out.strip() == "generated.png"
     assert page(Path("generated.png")).tobytes() == drawn["global"].tobytes()
+    before = Path("generated.png").read_bytes()
+    for number in (2, 3):  # nobody asked for the first one to be replaced
+        ended = command("generate", run("text"), "--frozen")
+        assert ended.status == 0 and ended.out.strip() == f"generated-{number}.png"
+        assert page(Path(f"generated-{number}.png")).tobytes() == drawn["frozen"].tobytes()
+    assert Path("generated.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "unconditional",
+            ["--prompt", "a disc"],
+            "--prompt a disc: means nothing to the backbone of this",
+        ),
+        ("text", ["--length", "5"], "--length 5: means nothing to the backbone of this diffusion run; use --prompt,"),
+    ],
+)
+def test_generate_refuses_what_it_would_ignore(
+    kind: str, options: list[str], message: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = command("generate", run(kind), *options)
+    assert ended.status == 2 and message in " ".join(ended.err.split())
+    assert not list(tmp_path.iterdir()) and ended.out == ""
 
 
 def test_generate_takes_prompt_count_seed_and_steps(run: Any, tmp_path: Path) -> None:

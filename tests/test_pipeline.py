@@ -284,6 +284,8 @@ def test_a_caption_has_one_place_for_the_label(caption: str) -> None:
         ("dit", {"resolution": 32}, "resolution = 32: this DiT takes 16 only"),
         ("unconditional", {"lora.text-encoder": True}, "lora.text-encoder = true"),
         ("text", {"diffusion.caption": "a photo"}, "diffusion.caption = 'a photo'"),
+        ("dit", {"samples.prompts": "disc|triangle"}, "samples.prompts = 'triangle': label 'triangle' is no class"),
+        ("unconditional", {"samples.prompts": "a disc"}, "samples.prompts = 'a disc': this backbone is told nothing"),
     ],
 )
 def test_a_run_with_such_a_setting_ends_before_its_first_round(

@@ -19,7 +19,7 @@ from fedgen_app.federation.roster import Roster, in_order
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.export import card, load_peft, save_peft, span
-from fedgen_app.learning.task import Metrics, Sample, Task
+from fedgen_app.learning.task import Examples, Metrics, Sample, Task
 from fedgen_app.runs import report
 from fedgen_app.runs.folder import (
     Checkpoint,
@@ -109,11 +109,12 @@ class Session:
         if text := report.line({"event": kind, **fields}):
             log(INFO, text)
 
-    def begin(self, task: Task, backbone: Backbone) -> None:
+    def begin(self, task: Task, backbone: Backbone, test: Examples | None) -> None:
         """Make or restore the state, and say in results.json what the run stands on.
 
         Raises:
-            CheckpointError: the run was made with another backbone.
+            CheckpointError: the run was made with another backbone, or measured in another way.
+            SettingsError: a setting does not suit the backbone.
             AdapterError: ``lora.init`` does not fit.
         """
         self._task, self._backbone = task, backbone
@@ -125,6 +126,7 @@ class Session:
             made = self.checkpoint.facts["fingerprint"]
             if made != backbone.fingerprint:
                 raise CheckpointError(f"the run was made with backbone {made}, this one is {backbone.fingerprint}")
+        task.check(self.settings, backbone, test, self.frozen)
         size = sum(tensor.numel() for tensor in self.state.adapter.values())
         self.results |= report.foundation(backbone, self.settings.lora.rank, size)
         self.results |= {"rounds": self.history, "frozen": self.frozen, "left_out": self.left_out}
@@ -227,9 +229,11 @@ class Session:
 
 
 # What may differ when a run goes on: where it lies, who computes it, how patiently, what is kept and shown.
-# Not how images are drawn (samples.steps, ...): what is measured hangs on it.
+# Not how images are drawn (samples.steps, ...): what is measured hangs on it. Where the feature extractor comes from
+# may differ, as Task.check compares which one it is.
 FREE_ON_RESUME = (
     *("output-dir", "resume-from", "resume-round", "expected-clients", "device", "keep-checkpoints"),
+    "metrics.features",
     *("samples.count", "samples.per-prompt", "samples.every", "samples.prompts", "samples.length", "samples.batch"),
 )
 FREE_GROUPS = ("round.",)

@@ -102,11 +102,15 @@ class Task:
         load_data: What one client owns, as rows of tensors.
         load_test: The server's own test set; None where the data set has none.
         split: Who owns which documents in a simulation of so many clients.
+        check: Called once on the server before any client works, with its test set and, where the run goes on, the
+            frozen backbone's metrics as they were; raises for what would fail or mislead later, and warns of what
+            will take long.
         loss: The function that training minimises: mean loss of a batch.
         evaluate: Metrics of the model as it is now; the seed fixes whatever noise they need.
         client_metrics: The names of the numbers that a client may send, each with its place in the client's entry of
             results.json: ``{"kid": ("kid",), "kid_by_class_3": ("kid_by_class", "bag")}``. Only the server asks.
         sample: Generates from the model as it is now, one thing per prompt: (settings, backbone, prompts, seed).
+        takes: Which of ``fedgen generate``'s options mean something: some of "prompt", "length" and "steps".
         prompts: What to generate from where the user names nothing.
         render: One file's bytes that show samples.
         save_samples: Writes named lists of samples into a folder.
@@ -123,10 +127,12 @@ class Task:
     load_data: Callable[[Settings, Backbone, Share], LocalData]
     load_test: Callable[[Settings, Backbone], Examples | None]
     split: Callable[[Settings, Backbone, int], Partition]
+    check: Callable[[Settings, Backbone, Examples | None, Metrics | None], None]
     loss: Callable[[Settings, Backbone], Loss]
     evaluate: Callable[[Settings, Backbone, Examples, int], Metrics]
     client_metrics: Callable[[Settings, Backbone], Mapping[str, tuple[str, ...]]]
     sample: Callable[[Settings, Backbone, Sequence[str], int], list[Sample]]
+    takes: Callable[[Backbone], frozenset[str]]
     prompts: Callable[[Settings, Backbone], tuple[str, ...]]
     render: Render
     save_samples: Callable[[Path, Mapping[str, Sequence[Sample]]], None]

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from fedgen_app.errors import MetricError, SettingsError
+from fedgen_app.errors import CheckpointError, MetricError, SettingsError
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Examples, Metrics
 from fedgen_app.seeds import derive
@@ -16,10 +16,64 @@ from fedgen_app.settings import Settings
 from fedgen_app.tasks._objective import denoising_loss
 from fedgen_app.tasks._pictures import Reference, class_names
 from fedgen_app.tasks._pipeline import Pipeline
-from fedgen_app.tasks._sampling import generate
+from fedgen_app.tasks._sampling import generate, pass_seconds
 
 OWN = ("kid", "kid_std", "diversity", "kid_by_class")  # what a client says of its images, beside the loss
+LONG = 900.0  # seconds of measuring, in a whole run, that are worth a warning
 log = logging.getLogger(__name__)
+
+
+def check(settings: Settings, backbone: Backbone, test: Examples | None, frozen: Metrics | None) -> None:
+    """Before any client works: prompts that the backbone knows, and the extractor that the run began with.
+
+    Warns where measuring will take long.
+
+    Raises:
+        SettingsError: ``samples.prompts`` names what this backbone cannot be told.
+        CheckpointError: the frozen backbone was measured with another extractor than there is now.
+    """
+    pipeline = cast(Pipeline, backbone.processor)
+    for prompt in settings.samples.prompts:
+        if pipeline.condition == "none":
+            raise SettingsError(f"samples.prompts = {prompt!r}: this backbone is told nothing; leave it empty")
+        if pipeline.condition == "class":
+            try:
+                pipeline.class_of(prompt)
+            except SettingsError as error:
+                raise SettingsError(f"samples.prompts = {prompt!r}: {error}") from None
+    if test is None or not isinstance(test.reference, Reference):
+        return
+    if frozen is not None and "features" in frozen:
+        _same_extractor(settings, backbone, frozen["features"])
+    _warn_of_cost(settings, backbone, test.reference)
+
+
+def _same_extractor(settings: Settings, backbone: Backbone, before: str) -> None:
+    now = _extractor(settings, backbone.device, own=False).name
+    if now != before:
+        raise CheckpointError(
+            f"the run's images were measured with {before}, and metrics.features = {settings.metrics.features!r} gives "
+            f"{now} on this machine now: figures of two extractors do not compare. In launch.json of the run folder, "
+            f"set metrics.features to what gives {before}: bundled, inception or a file of its weights"
+        )
+
+
+def _warn_of_cost(settings: Settings, backbone: Backbone, real: Reference) -> None:
+    rounds, every = settings.num_server_rounds, settings.evaluate_every
+    times = 1 + (-(-rounds // every) if every else 1)  # the frozen backbone; then every so many rounds, and the last
+    pipeline, options = cast(Pipeline, backbone.processor), settings.samples
+    steps = len(real.pixels) * min(options.steps, len(pipeline.noise))
+    once = steps * pass_seconds(backbone, real.prompts[0], options, pipeline.side_for(settings.resolution))
+    if once * times > LONG:
+        log.warning(
+            "measuring takes up to %s each time and %s in the whole run: %d images of %d steps, %d times; what lowers "
+            "it: metrics.samples, samples.steps, samples.guidance=1, and a larger evaluate-every",
+            *(_span(once), _span(once * times), len(real.pixels), steps // len(real.pixels), times),
+        )
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
 
 
 def client_metrics(settings: Settings, backbone: Backbone) -> dict[str, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -33,6 +34,27 @@ def _scheduler(pipeline: Pipeline, options: SampleSettings) -> Any:
     return scheduler
 
 
+def guided(pipeline: Pipeline, options: SampleSettings) -> bool:
+    """Whether each step takes two predictions; a UNet with classes but without the class of no class has no second."""
+    return options.guidance != 1 and pipeline.condition != "none" and pipeline.denoiser != "UNet2DModel"
+
+
+@torch.inference_mode()
+def pass_seconds(backbone: Backbone, prompt: str, options: SampleSettings, side: int) -> float:
+    """How long one step of one image takes, the shorter of two: the first one also warms the machine up."""
+    pipeline, model = cast(Pipeline, backbone.processor), backbone.model
+    model.eval()
+    told = told_of(pipeline, model, [prompt, ""] if guided(pipeline, options) else [prompt])
+    noisy = torch.zeros((2 if guided(pipeline, options) else 1, pipeline.channels, side, side), device=pipeline.device)
+    found = []
+    for _ in range(2):
+        began = time.perf_counter()
+        # To the CPU, so that the device has to be done.
+        predict(pipeline, model, noisy, torch.zeros(len(noisy), dtype=torch.long, device=pipeline.device), told).cpu()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
 @torch.inference_mode()
 def generate(
     backbone: Backbone, texts: Sequence[str], seed: int, options: SampleSettings, side: int = 0
@@ -48,20 +70,19 @@ def generate(
     # On the CPU and for all at once, so that neither the device nor the batch changes what is drawn.
     noise = torch.Generator().manual_seed(seed)
     start = torch.randn((len(texts), pipeline.channels, side, side), generator=noise)
-    # A UNet with classes but without the class of no class cannot be guided.
-    guided = options.guidance != 1 and pipeline.condition != "none" and pipeline.denoiser != "UNet2DModel"
+    doubled = guided(pipeline, options)
     finished = []
     with step_bar("generating") as on_step:
         for first in range(0, len(texts), options.batch):
             batch = list(texts[first : first + options.batch])
             # With guidance both predictions come from one pass, which is faster than two of half its size.
-            told = told_of(pipeline, model, batch + [""] * len(batch) if guided else batch)
+            told = told_of(pipeline, model, batch + [""] * len(batch) if doubled else batch)
             scheduler = _scheduler(pipeline, options)
             current = start[first : first + options.batch].to(pipeline.device) * scheduler.init_noise_sigma
             for number, timestep in enumerate(scheduler.timesteps):
-                inputs = torch.cat([current, current]) if guided else current
+                inputs = torch.cat([current, current]) if doubled else current
                 predicted = predict(pipeline, model, inputs, timestep.expand(len(inputs)), told)
-                if guided:
+                if doubled:
                     predicted, free = predicted.chunk(2)
                     predicted = free + options.guidance * (predicted - free)
                 current = scheduler.step(predicted, timestep, current).prev_sample

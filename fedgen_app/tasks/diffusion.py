@@ -20,7 +20,7 @@ from fedgen_app.learning.task import Loaded, Render, Sample, Task
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid
-from fedgen_app.tasks._measure import client_metrics, evaluate
+from fedgen_app.tasks._measure import check, client_metrics, evaluate
 from fedgen_app.tasks._objective import loss
 from fedgen_app.tasks._pictures import load_data, load_test, prompts, split
 from fedgen_app.tasks._pipeline import Adapted, Pipeline, load_text_encoder, open_pipeline, place_of, weight_files
@@ -92,6 +92,12 @@ def sample(settings: Settings, backbone: Backbone, texts: Sequence[str], seed: i
     side = cast(Pipeline, backbone.processor).side_for(settings.resolution)
     images = generate(backbone, texts, derive(seed, "sample"), settings.samples, side)
     return [Sample(text, image) for text, image in zip(texts, images, strict=True)]
+
+
+def takes(backbone: Backbone) -> frozenset[str]:
+    """Steps, and a prompt where the denoiser is told something."""
+    told = cast(Pipeline, backbone.processor).condition != "none"
+    return frozenset(("steps", "prompt") if told else ("steps",))
 
 
 def save_samples(folder: Path, samples: Mapping[str, Sequence[Sample]]) -> None:
@@ -170,10 +176,12 @@ TASK = Task(
     load_data=load_data,
     load_test=load_test,
     split=split,
+    check=check,
     loss=loss,
     evaluate=evaluate,
     client_metrics=client_metrics,
     sample=sample,
+    takes=takes,
     prompts=prompts,
     render=Render(".png", _grid.one, printable=False),
     save_samples=save_samples,
