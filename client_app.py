@@ -89,7 +89,8 @@ def personalise(message: Message, context: Context) -> Message:
     measured["personal"] = measure()
     examples = len(work.data.train)
     if settings.personal.epochs:
-        personal, usage = adapters.read(model), work.task.usage(work.backbone)
+        here = settings.model_copy(update={"dataset": work.me.share.folder or settings.dataset})
+        personal, usage = adapters.read(model), work.task.usage(here, work.backbone)
         folder, data = work.store.folder, work.me.data_name
         export_personal(folder, work.backbone, personal, data, settings, measured, examples, usage)
         work.task.export(folder, work.backbone, personal)

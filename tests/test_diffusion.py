@@ -433,6 +433,25 @@ def test_measuring_that_takes_long_is_warned_of(caplog: pytest.LogCaptureFixture
     TASK.check(settings, backbone, TASK.load_test(image_settings("text", metrics__samples=0), backbone), None)
 
 
+def test_a_card_asks_for_one_of_the_runs_own_prompts() -> None:
+    def lines(**changes: Any) -> str:
+        settings = image_settings("text", **changes)
+        return "\n".join(TASK.usage(settings, open_backbone(settings)))
+
+    assert any(f"pipeline('a photo of a {name}', height=128" in lines() for name in CLASSES)
+    assert "pipeline('a big disc', height=128" in lines(samples__prompts="a big disc|a cross")
+    assert "sneaker" not in lines()
+
+
+@pytest.mark.parametrize("kind", ["text", "dit", "unconditional"])
+def test_a_card_loads_the_revision_that_was_trained_on(kind: str) -> None:
+    settings = image_settings(kind)
+    opened = dataclasses.replace(open_backbone(settings), reference="owner/model", revision="v1.2")
+    lines = [line for line in TASK.usage(settings, opened) if "from_pretrained('owner/model'" in line]
+    assert lines and all("revision='v1.2'" in line for line in lines)
+    assert "revision" not in "".join(TASK.usage(settings, open_backbone(settings)))
+
+
 # What a card's code is followed by in the fresh process: the same input through what it loaded.
 OPEN = """
 import json, sys, torch
@@ -471,7 +490,7 @@ def prepared(folder: Path, kind: str, changes: dict[str, Any]) -> tuple[dict[str
     settings = image_settings(kind, **{"lora__rank": 4, "lora__alpha": 6.0, **changes})
     backbone = loud(kind, **{"lora__rank": 4, "lora__alpha": 6.0, **changes})
     pipeline, adapter = told(backbone), adapters.read(backbone.model)
-    text = card(backbone, settings, "global adapter", "", {}, {}, TASK.usage(backbone))
+    text = card(backbone, settings, "global adapter", "", {}, {}, TASK.usage(settings, backbone))
     save_peft(folder, backbone, adapter, text)
     TASK.export(folder, backbone, adapter)
     noise = torch.Generator().manual_seed(1)

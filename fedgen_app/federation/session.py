@@ -180,7 +180,9 @@ class Session:
         own = (final["personal"] or {}).get("frozen")  # the clients' hold-outs, where the server has no test set
         frozen = self.frozen if final["source"] == "server" else own
         measured = {"frozen": frozen or {}, "global": final["metrics"] or {}}
-        text = card(backbone, self.settings, "global adapter", note, facts, measured, task.usage(backbone))
+        text = card(
+            backbone, self.settings, "global adapter", note, facts, measured, task.usage(self.settings, backbone)
+        )
         save_peft(self.folder.path / "global", backbone, state.adapter, text)
         task.export(self.folder.path / "global", backbone, state.adapter)
         if self.settings.samples.count:

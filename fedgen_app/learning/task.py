@@ -96,7 +96,9 @@ class Task:
     Attributes:
         lora_targets: Names of the layers that carry the adapter where the settings name none.
         hub_files: Patterns of the files that a backbone on the hub consists of.
-        weight_files: Those of a backbone's files whose weights are used; its fingerprint is theirs.
+        weight_files: Those of a backbone's files whose weights are used.
+        config: What else decides what a backbone computes (``facts_of`` its schedule, its tokenizer, ...), by name. The
+            fingerprint is of both.
         load_backbone: Reads the frozen model from a folder.
         save_memory: Makes the model compute activations again in the backward pass instead of keeping them.
         load_data: What one client owns, as rows of tensors.
@@ -115,13 +117,15 @@ class Task:
         render: One file's bytes that show samples.
         save_samples: Writes named lists of samples into a folder.
         export: Writes what other software than PEFT opens, beside the adapter in PEFT's format.
-        usage: Lines of Python for the model card that load the adapter from FOLDER.
+        usage: Lines of Python for the model card that load the adapter from FOLDER; ``dataset`` of the settings it is
+            given is what lies on this machine.
         bundled_backbone: The name of the bundled backbone under ``fedgen_assets``.
     """
 
     lora_targets: Callable[[nn.Module, LoraSettings], tuple[str, ...]]
     hub_files: tuple[str, ...]
     weight_files: Callable[[Path], list[Path]]
+    config: Callable[[Path], Mapping[str, object]]
     load_backbone: Callable[[Path, torch.dtype, torch.device, LoraSettings], Loaded]
     save_memory: Callable[[nn.Module], None]
     load_data: Callable[[Settings, Backbone, Share], LocalData]
@@ -137,5 +141,5 @@ class Task:
     render: Render
     save_samples: Callable[[Path, Mapping[str, Sequence[Sample]]], None]
     export: Callable[[Path, Backbone, Mapping[str, Tensor]], None]
-    usage: Callable[[Backbone], Sequence[str]]
+    usage: Callable[[Settings, Backbone], Sequence[str]]
     bundled_backbone: str

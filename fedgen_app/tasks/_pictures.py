@@ -173,8 +173,7 @@ def _moments(settings: Settings, pipeline: Pipeline, backbone: Backbone, found: 
 
     key = {
         "pixels": _digest(found.pixels),
-        "backbone": backbone.fingerprint,
-        "parts": pipeline.digest("vae"),
+        "backbone": backbone.fingerprint,  # of the autoencoder's configuration too
         "dtype": str(pipeline.dtype),
         "version": VERSION,
     }
@@ -186,8 +185,7 @@ def _embeddings(pipeline: Pipeline, backbone: Backbone, distinct: Sequence[str])
     texts = ["", *distinct]
     key = {
         "texts": hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest(),
-        "backbone": backbone.fingerprint,
-        "parts": pipeline.digest("tokenizer", "text_encoder"),
+        "backbone": backbone.fingerprint,  # of the tokenizer too
         "dtype": str(pipeline.dtype),
         "version": VERSION,
     }

@@ -23,7 +23,15 @@ from fedgen_app.tasks import _grid
 from fedgen_app.tasks._measure import check, client_metrics, evaluate
 from fedgen_app.tasks._objective import loss
 from fedgen_app.tasks._pictures import load_data, load_test, prompts, split
-from fedgen_app.tasks._pipeline import Adapted, Pipeline, load_text_encoder, open_pipeline, place_of, weight_files
+from fedgen_app.tasks._pipeline import (
+    Adapted,
+    Pipeline,
+    config,
+    load_text_encoder,
+    open_pipeline,
+    place_of,
+    weight_files,
+)
 from fedgen_app.tasks._sampling import generate
 
 PARTS = ("unet", "transformer", "vae", "text_encoder")
@@ -111,7 +119,7 @@ def export(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor]) -> N
     pipeline = cast(Pipeline, backbone.processor)
     if pipeline.kind != LOADED_BY_DIFFUSERS:
         return
-    config = cast(Any, backbone.model.peft_config["default"])
+    lora = cast(Any, backbone.model.peft_config["default"])
     parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text_encoder": {}}
     for key, tensor in adapter.items():
         name = key.removeprefix("base_model.model.")
@@ -121,9 +129,9 @@ def export(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor]) -> N
     for part, tensors in parts.items():
         layers = [a.removesuffix(".lora_A.weight") for a, _ in pairs(tensors)]
         metadata[part] = {
-            "r": config.r,
-            "lora_alpha": config.lora_alpha,
-            "use_rslora": config.use_rslora,
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "use_rslora": lora.use_rslora,
             "target_modules": layers,
         }
     with tempfile.TemporaryDirectory() as scratch:  # whole or not at all, as the files beside it
@@ -137,9 +145,10 @@ def export(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor]) -> N
         write_atomic(folder / LORA_FILE, (Path(scratch) / LORA_FILE).read_bytes())
 
 
-def usage(backbone: Backbone) -> list[str]:
+def usage(settings: Settings, backbone: Backbone) -> list[str]:
     """How to load the adapter: with diffusers' own loader, else with PEFT into the denoiser."""
     pipeline = cast(Pipeline, backbone.processor)
+    revision = f", revision={backbone.revision!r}" if backbone.revision else ""
     if pipeline.kind == LOADED_BY_DIFFUSERS:
         # One type for all parts: else transformers keeps the file's and diffusers takes float32.
         options = ("" if pipeline.has_vae else ", vae=None") + ", torch_dtype=torch.float32"
@@ -147,12 +156,13 @@ def usage(backbone: Backbone) -> list[str]:
             "import torch",
             "from diffusers import StableDiffusionPipeline",
             "",
-            f"pipeline = StableDiffusionPipeline.from_pretrained({backbone.reference!r}{options})",
+            f"pipeline = StableDiffusionPipeline.from_pretrained({backbone.reference!r}{revision}{options})",
             "pipeline.load_lora_weights(FOLDER)  # the folder of this file",
         ]
         if not pipeline.has_vae:
             side = 8 * pipeline.side  # the pipeline believes in an autoencoder that makes images eight times larger
-            call = f'pipeline("a photo of a sneaker", height={side}, width={side}, output_type="latent")'
+            prompt = prompts(settings, backbone)[0]
+            call = f'pipeline({prompt!r}, height={side}, width={side}, output_type="latent")'
             lines.append(f"pixels = {call}.images  # in -1..1: there is no autoencoder")
         return lines
     inside = place_of(pipeline.folder, pipeline.part) != pipeline.folder
@@ -161,9 +171,9 @@ def usage(backbone: Backbone) -> list[str]:
         f"from diffusers import DiffusionPipeline, {pipeline.denoiser}",
         "from peft import PeftModel",
         "",
-        f"denoiser = {pipeline.denoiser}.from_pretrained({backbone.reference!r}{subfolder})",
+        f"denoiser = {pipeline.denoiser}.from_pretrained({backbone.reference!r}{subfolder}{revision})",
         "PeftModel.from_pretrained(denoiser, FOLDER)  # puts the adapter into it; the folder of this file",
-        f"pipeline = DiffusionPipeline.from_pretrained({backbone.reference!r}, {pipeline.part}=denoiser)",
+        f"pipeline = DiffusionPipeline.from_pretrained({backbone.reference!r}{revision}, {pipeline.part}=denoiser)",
     ]
 
 
@@ -171,6 +181,7 @@ TASK = Task(
     lora_targets=lora_targets,
     hub_files=HUB_FILES,
     weight_files=weight_files,
+    config=config,
     load_backbone=load_backbone,
     save_memory=save_memory,
     load_data=load_data,

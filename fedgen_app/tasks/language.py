@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fedgen_app.errors import BackboneError, SettingsError
-from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.backbone import Backbone, facts_of
 from fedgen_app.learning.task import Batch, Examples, Loaded, Metrics, Render, Sample, Task
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
@@ -29,6 +29,10 @@ TARGETS: tuple[tuple[str, ...], ...] = (
     ("query", "value"),
     ("q", "v"),
     ("Wqkv",),
+)
+CONFIG = (
+    *("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 METRICS = ("word_perplexity", "token_perplexity", "bits_per_byte")
 PROMPTS = ("And it came to pass", "My fellow citizens,", "The captain")
@@ -72,6 +76,11 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: 
         raise BackboneError(f"{folder}: its tokenizer has no end-of-text token")
     model.config.use_cache = False
     return Loaded(cast(nn.Module, model).to(device), tokenizer)
+
+
+def config(folder: Path) -> dict[str, object]:
+    """The model's configuration and all that its tokenizer reads."""
+    return {name: facts_of(folder / name) for name in CONFIG if (folder / name).is_file()}
 
 
 def save_memory(model: nn.Module) -> None:
@@ -165,13 +174,14 @@ def save_samples(folder: Path, samples: Mapping[str, Sequence[Sample]]) -> None:
         (folder / f"{name}.txt").write_bytes(encode(texts))
 
 
-def usage(backbone: Backbone) -> list[str]:
+def usage(settings: Settings, backbone: Backbone) -> list[str]:
     """How to load the adapter with PEFT."""
+    revision = f", revision={backbone.revision!r}" if backbone.revision else ""
     return [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({backbone.reference!r})",
+        f"base = AutoModelForCausalLM.from_pretrained({backbone.reference!r}{revision})",
         "model = PeftModel.from_pretrained(base, FOLDER)  # the folder of this file",
     ]
 
@@ -180,6 +190,7 @@ TASK = Task(
     lora_targets=lora_targets,
     hub_files=("*.json", "*.safetensors", "*.model", "*.txt", "README.md"),
     weight_files=lambda folder: sorted(folder.rglob("*.safetensors")),
+    config=config,
     load_backbone=load_backbone,
     save_memory=save_memory,
     load_data=load_data,
