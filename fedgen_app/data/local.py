@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgen_app.errors import DataError
+from fedgen_app.seeds import derive
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,6 +102,31 @@ def holdout(count: int, fraction: float, seed: int) -> tuple[IntArray, IntArray]
     held = min(max(round(count * fraction), 1), count - 1)
     order = np.random.default_rng(seed).permutation(count).astype(np.int64)
     return np.sort(order[held:]), np.sort(order[:held])
+
+
+def own_rows(
+    parts: Sequence[IntArray], index: int, pooled: bool, fraction: float, seed: int, unit: str
+) -> tuple[IntArray, IntArray]:
+    """What one client trains on and what it holds out, as indices into the source.
+
+    Args:
+        parts: What every client owns; of a device's own folder there is one part.
+        pooled: Train on what all clients train on, together: their hold-outs stay unseen.
+        unit: What there is one of per index, for the error's text.
+
+    Raises:
+        DataError: the client owns nothing.
+    """
+
+    def dealt(number: int) -> tuple[IntArray, IntArray]:
+        owned = parts[number]
+        if len(owned) == 0:
+            raise DataError(f"client {number} of {len(parts)} owns no {unit}")
+        kept, held = holdout(len(owned), fraction, derive(seed, "holdout", number))
+        return owned[kept], owned[held]
+
+    kept, held = dealt(index)
+    return np.concatenate([dealt(number)[0] for number in range(len(parts))]) if pooled else kept, held
 
 
 def files_below(folder: Path) -> list[Path]:
