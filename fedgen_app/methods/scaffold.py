@@ -54,7 +54,7 @@ def gradient(lesson: Lesson) -> Adapter:
     noise = torch.Generator(device).manual_seed(plan.seed)
     scale = HALF_PRECISION_SCALE if plan.half_precision else 1.0
     model.eval()
-    for indices in torch.arange(len(data)).split(plan.batch_size):
+    for indices in torch.split(torch.arange(len(data)), plan.batch_size):
         batch = shared | {name: tensor[indices].to(device) for name, tensor in data.rows.items()}
         torch.autograd.backward(lesson.loss(model, batch, noise) * (scale * len(indices) / len(data)))
     found = {}
