@@ -348,7 +348,7 @@ def exported(folder: Path, kind: str, **changes: Any) -> tuple[dict[str, str], T
     from fedgen_app.learning.backbone import load_task
 
     settings, backbone = network_settings(kind, **changes), adapted(kind, **changes)
-    usage = load_task(settings.task).usage(backbone)
+    usage = load_task(settings.task).usage(settings, backbone)
     save_peft(folder, backbone, adapters.read(backbone.model), card(backbone, settings, "t", "n", {}, {}, usage))
     given = {"latents": torch.randn(5, LATENT, generator=torch.Generator().manual_seed(2))}
     if kind.endswith("classes"):

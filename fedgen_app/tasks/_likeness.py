@@ -5,24 +5,70 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgen_app.errors import MetricError, SettingsError
-from fedgen_app.learning.task import Metrics
+from fedgen_app.errors import CheckpointError, MetricError, SettingsError
+from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.task import Examples, Metrics
 from fedgen_app.settings import Settings
-from fedgen_app.tasks._pictures import Reference
+from fedgen_app.tasks._facts import Facts
+from fedgen_app.tasks._pictures import Reference, class_names
 
+OWN = ("kid", "kid_std", "diversity", "kid_by_class")  # what a client says of its images
 Draw = Callable[[Sequence[str]], NDArray[np.uint8]]
 
 log = logging.getLogger(__name__)
 
 
+def check(settings: Settings, backbone: Backbone, test: Examples | None, frozen: Metrics | None) -> None:
+    """Before any client works: prompts that the backbone knows, and the extractor that the run began with.
+
+    Raises:
+        SettingsError: ``samples.prompts`` names what this backbone cannot be told.
+        CheckpointError: the frozen backbone was measured with another extractor than there is now.
+    """
+    known = cast(Facts, backbone.processor)
+    for prompt in settings.samples.prompts:
+        if known.condition == "none":
+            raise SettingsError(f"samples.prompts = {prompt!r}: this backbone is told nothing; leave it empty")
+        if known.condition == "class":
+            try:
+                known.class_of(prompt)
+            except SettingsError as error:
+                raise SettingsError(f"samples.prompts = {prompt!r}: {error}") from None
+    if test is not None and isinstance(test.reference, Reference) and frozen is not None and "features" in frozen:
+        _same_extractor(settings, backbone, frozen["features"])
+
+
+def _same_extractor(settings: Settings, backbone: Backbone, before: str) -> None:
+    now = _extractor(settings, backbone.device, own=False).name
+    if now != before:
+        raise CheckpointError(
+            f"the run's images were measured with {before}, and metrics.features = {settings.metrics.features!r} gives "
+            f"{now} on this machine now: figures of two extractors do not compare. In launch.json of the run folder, "
+            f"set metrics.features to what gives {before}: bundled, inception or a file of its weights"
+        )
+
+
+def client_metrics(settings: Settings, backbone: Backbone, always: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What a client may send and where it stands in results.json: ``always``, and where asked for KID, by class too."""
+    plain: dict[str, tuple[str, ...]] = {name: (name,) for name in always}
+    if not settings.metrics.personal_samples:
+        return plain
+    classes = enumerate(class_names(settings, backbone))
+    return (
+        {name: (name,) for name in OWN[:-1]}
+        | plain
+        | {f"{OWN[-1]}_{number}": (OWN[-1], name) for number, name in classes}
+    )
+
+
 def likeness(
-    settings: Settings, device: torch.device, reference: object, draw: Draw, seed: int, told: bool = True
+    settings: Settings, backbone: Backbone, reference: object, draw: Draw, seed: int, told: bool = True
 ) -> Metrics:
     """What ``draw`` makes of the reference's prompts, against its images; nothing where there is no reference.
 
@@ -33,12 +79,12 @@ def likeness(
     Returns:
         ``fid``, ``kid``, ``kid_std``, ``samples`` (n), ``features`` (the extractor), ``fid_floor`` and ``kid_floor``
         (n real images against n others), ``diversity`` (spread of the features, 1: as real ones), ``kid_by_class``.
-        On a client KID and diversity alone: FID is of no use with so few images.
+        On a client no FID, which is of no use with so few images, and no floor.
     """
     if not isinstance(reference, Reference):
         return {}
     try:
-        measured = _quality_of(settings, device, reference, draw, seed, told)
+        measured = _quality_of(settings, backbone.device, reference, draw, seed, told)
     # SettingsError: the server's file of weights is not on this device.
     except (MetricError, SettingsError) as error:
         if not reference.own:
@@ -46,9 +92,7 @@ def likeness(
         # Too few images, or no extractor on this device: no reason to go without a personal adapter.
         log.warning("KID is not measured: %s", error)
         return {}
-    if reference.own:
-        return {name: measured[name] for name in ("kid", "kid_std", "diversity") if name in measured}
-    return measured
+    return {name: measured[name] for name in OWN if name in measured} if reference.own else measured
 
 
 def _quality_of(

@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedgen_app.errors import BackboneError, SettingsError
-from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.backbone import Backbone, facts_of
 from fedgen_app.learning.task import Examples, Loaded, Sample
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid
 from fedgen_app.tasks._networks import GAN, PARTS, VAE
 
-HUB_FILES = ("config.json", "model.safetensors", "README.md")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HUB_FILES = (CONFIG, WEIGHTS, "README.md")
 AT_ONCE = 256  # images per forward pass
 # (model, latents (n, latent), class numbers (n,) or None) -> images (n, channels, side, side) in -1..1
 Draws = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
@@ -77,9 +78,19 @@ def facts(backbone: Backbone) -> SmallFacts:
     return cast(SmallFacts, backbone.processor)
 
 
+def takes(backbone: Backbone) -> frozenset[str]:
+    """A prompt, where there are classes."""
+    return frozenset(("prompt",) if facts(backbone).classes else ())
+
+
+def config(folder: Path) -> dict[str, object]:
+    """The networks' shapes and the classes' names."""
+    return {CONFIG: facts_of(folder / CONFIG)} if (folder / CONFIG).is_file() else {}
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The one file of weights."""
-    return sorted(folder.glob("model.safetensors"))
+    return sorted(folder.glob(WEIGHTS))
 
 
 def open_small(kind: type[GAN] | type[VAE], folder: Path, dtype: torch.dtype, device: torch.device) -> Loaded:
@@ -90,8 +101,8 @@ def open_small(kind: type[GAN] | type[VAE], folder: Path, dtype: torch.dtype, de
     """
     try:
         # Not ``from_pretrained``, which prints a line, and takes a file that lacks weights.
-        model = kind(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model = kind(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise BackboneError(f"{folder}: no {kind.__name__} of FedGen-Edge's own kind: {first}") from None

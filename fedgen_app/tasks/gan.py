@@ -18,7 +18,7 @@ from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid, _small
 from fedgen_app.tasks._adversarial import Adversarial, train
-from fedgen_app.tasks._likeness import likeness
+from fedgen_app.tasks._likeness import check, client_metrics, likeness
 from fedgen_app.tasks._networks import GAN
 from fedgen_app.tasks._pictures import load_data, load_test, prompts, split
 
@@ -85,7 +85,7 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
     """
     draw = functools.partial(_small.generate, backbone, draws, seed=derive(seed, "measured"))
     told = bool(_small.facts(backbone).classes)
-    found = likeness(settings, backbone.device, examples.reference, draw, seed, told)
+    found = likeness(settings, backbone, examples.reference, draw, seed, told)
     return {**found, "sliced_wasserstein": distance(backbone, examples, seed)}
 
 
@@ -98,7 +98,7 @@ def export(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor]) -> N
     """Nothing: no other software opens such a GAN."""
 
 
-def usage(backbone: Backbone) -> list[str]:
+def usage(settings: Settings, backbone: Backbone) -> list[str]:
     """How to load the adapter with PEFT."""
     return _small.usage(backbone, "GAN", "images = model.generator")
 
@@ -107,14 +107,18 @@ TASK = Task(
     lora_targets=_small.lora_targets,
     hub_files=_small.HUB_FILES,
     weight_files=_small.weight_files,
+    config=_small.config,
     load_backbone=load_backbone,
     save_memory=_small.save_memory,
     load_data=load_data,
     load_test=load_test,
     split=split,
+    check=check,
     loss=loss,
     evaluate=evaluate,
+    client_metrics=functools.partial(client_metrics, always=("sliced_wasserstein",)),
     sample=sample,
+    takes=_small.takes,
     prompts=prompts,
     render=Render(".png", _grid.one, printable=False),
     save_samples=_small.save_samples,

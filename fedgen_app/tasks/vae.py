@@ -17,7 +17,7 @@ from fedgen_app.learning.task import Batch, Examples, Loaded, Loss, Metrics, Ren
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid, _small
-from fedgen_app.tasks._likeness import likeness
+from fedgen_app.tasks._likeness import check, client_metrics, likeness
 from fedgen_app.tasks._networks import VAE
 from fedgen_app.tasks._pictures import load_data, load_test, prompts, split
 
@@ -112,7 +112,7 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
     """``bits_per_dim`` and ``kl``; FID, KID and what goes with them where there are images to compare with."""
     draw = functools.partial(_small.generate, backbone, draws, seed=derive(seed, "measured"))
     told = bool(_small.facts(backbone).classes)
-    found = likeness(settings, backbone.device, examples.reference, draw, seed, told)
+    found = likeness(settings, backbone, examples.reference, draw, seed, told)
     return {**found, **measured_bound(backbone, examples, seed)}
 
 
@@ -125,7 +125,7 @@ def export(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor]) -> N
     """Nothing: no other software opens such a VAE."""
 
 
-def usage(backbone: Backbone) -> list[str]:
+def usage(settings: Settings, backbone: Backbone) -> list[str]:
     """How to load the adapter with PEFT."""
     return _small.usage(backbone, "VAE", "images, log_scales = model.decoder")
 
@@ -134,14 +134,18 @@ TASK = Task(
     lora_targets=_small.lora_targets,
     hub_files=_small.HUB_FILES,
     weight_files=_small.weight_files,
+    config=_small.config,
     load_backbone=load_backbone,
     save_memory=_small.save_memory,
     load_data=load_data,
     load_test=load_test,
     split=split,
+    check=check,
     loss=loss,
     evaluate=evaluate,
+    client_metrics=functools.partial(client_metrics, always=("bits_per_dim", "kl")),
     sample=sample,
+    takes=_small.takes,
     prompts=prompts,
     render=Render(".png", _grid.one, printable=False),
     save_samples=_small.save_samples,
