@@ -131,6 +131,11 @@ def save_memory(model: nn.Module) -> None:
     raise SettingsError("gradient-checkpointing = true: a GAN or VAE is too small for it; use false")
 
 
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """(n, h, w, channels) from 0 to 255, of (n, channels, h, w) in -1..1."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
 @torch.inference_mode()
 def generate(backbone: Backbone, draws: Draws, texts: Sequence[str], seed: int) -> NDArray[np.uint8]:
     """One image per class name, or per empty text without classes, (n, h, w, channels) uint8; the same for one seed."""
@@ -143,7 +148,7 @@ def generate(backbone: Backbone, draws: Draws, texts: Sequence[str], seed: int) 
     for chosen in torch.split(torch.arange(len(texts)), AT_ONCE):
         told = None if numbers is None else numbers[chosen].to(backbone.device)
         images = draws(model, latents[chosen].to(backbone.device), told).float().cpu()
-        parts.append(((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        parts.append(to_uint8(images))
     return np.concatenate(parts)
 
 
