@@ -2,8 +2,8 @@
 
     python benchmarks/aggregation.py [--clients 10] [--repeat 3] [--markdown FILE]
 
-Every measurement runs in a fresh process with one thread; times are the shortest of some repeats, and only ratios of
-this session are shown. Memory is the peak above what the process held before, so it excludes the replies themselves.
+Every measurement runs in a fresh process with one thread; times are processor time, the shortest of some repeats, and
+only ratios of this session are shown. Memory is the peak above what the process held before, so it excludes the replies themselves.
 The decomposition of the largest dense matrix runs once: it takes minutes.
 """
 
@@ -82,16 +82,16 @@ def reset_peak() -> None:
 
 
 def measure(name: str, rows: int, columns: int, rank: int, clients: int, repeat: int) -> dict[str, float]:
-    """Shortest time, and memory above what was held before."""
+    """Shortest processor time, and memory above what was held before."""
     run = operation(name, rows, columns, rank, clients)
     if repeat > 1:
         operation(name, 64, 64, 4, 2)()  # loads the libraries
     reset_peak()
     held, times = peak(), []
     for _ in range(repeat):
-        began = time.perf_counter()
+        began = time.process_time()
         run()
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     return {"seconds": min(times), "megabytes": peak() - held}
 
 
