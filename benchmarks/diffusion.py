@@ -59,7 +59,7 @@ from fedgen_app.learning.task import Examples, Share  # noqa: E402
 from fedgen_app.learning.training import Plan, train  # noqa: E402
 from fedgen_app.settings import Settings, defaults  # noqa: E402
 from fedgen_app.tasks import _pictures  # noqa: E402
-from fedgen_app.tasks.diffusion import generate  # noqa: E402
+from fedgen_app.tasks._sampling import generate  # noqa: E402
 
 CLASSES = ("shirt", "sneaker", "bag")
 GUIDANCE = 2.0

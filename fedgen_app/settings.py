@@ -251,6 +251,14 @@ class MetricSettings(Group):
     samples: AtLeastZero
     personal_samples: AtLeastZero
     features: Annotated[str, Field(min_length=1)]
+    classes: Names
+
+    @field_validator("classes")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise PydanticCustomError("classes", "should name each class once")
+        return value
 
 
 class Settings(Group):

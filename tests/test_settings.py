@@ -97,6 +97,7 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "fedopt.beta1": [1],
     "fedopt.beta2": [-0.1, 1],
     "fedopt.tau": [0],
+    "metrics.classes": ["bag,coat,bag"],
 }
 ANY_TEXT = {
     "output-dir",

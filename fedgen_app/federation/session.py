@@ -19,8 +19,8 @@ from fedgen_app.federation.roster import Roster, in_order
 from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import merged
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.export import card, exported_file, load_peft, save_peft, shape_row, span
-from fedgen_app.learning.task import Metrics, Sample, Task
+from fedgen_app.learning.export import card, exported_file, load_peft, save_peft, shape_row, span, usage_of
+from fedgen_app.learning.task import Examples, Metrics, Sample, Task
 from fedgen_app.runs import report
 from fedgen_app.runs.folder import (
     Checkpoint,
@@ -111,11 +111,12 @@ class Session:
         if text := report.line({"event": kind, **fields}):
             log(INFO, text)
 
-    def begin(self, task: Task, method: Method, backbone: Backbone) -> None:
+    def begin(self, task: Task, method: Method, backbone: Backbone, test: Examples | None) -> None:
         """Make or restore the state, and say in results.json what the run stands on.
 
         Raises:
-            CheckpointError: the run was made with another backbone.
+            CheckpointError: the run was made with another backbone, or measured in another way.
+            SettingsError: a setting does not suit the backbone.
             AdapterError: ``lora.init`` does not fit.
         """
         self._task, self._method, self._backbone = task, method, backbone
@@ -128,6 +129,7 @@ class Session:
             made = self.checkpoint.facts["fingerprint"]
             if made != backbone.fingerprint:
                 raise CheckpointError(f"the run was made with backbone {made}, this one is {backbone.fingerprint}")
+        task.check(self.settings, backbone, test, self.frozen)
         size = sum(tensor.numel() for tensor in self.state.adapter.values())
         self.results |= report.foundation(backbone, self.settings.lora.rank, size)
         self.results |= {"rounds": self.history, "frozen": self.frozen, "left_out": self.left_out}
@@ -184,7 +186,8 @@ class Session:
         if self._method.has_global:
             whole = merged(state.adapter, state.residual, lambda rank: lora_of(self.settings).at(rank).scaling)
             facts |= shape_row(self.settings, whole)
-            text = card(backbone, self.settings, "global adapter", note, facts, measured, task.usage(backbone))
+            usage = usage_of(task, self.settings, backbone)
+            text = card(backbone, self.settings, "global adapter", note, facts, measured, usage)
             save_peft(self.folder.path / "global", backbone, whole, text)
             task.export(self.folder.path / "global", backbone, whole)
         if self.settings.samples.count:
@@ -235,9 +238,11 @@ class Session:
 
 
 # What may differ when a run goes on: where it lies, who computes it, how patiently, what is kept and shown.
-# Not how images are drawn (samples.steps, ...): what is measured hangs on it.
+# Not how images are drawn (samples.steps, ...): what is measured hangs on it. Where the feature extractor comes from
+# may differ, as Task.check compares which one it is.
 FREE_ON_RESUME = (
     *("output-dir", "resume-from", "resume-round", "expected-clients", "device", "keep-checkpoints"),
+    "metrics.features",
     *("samples.count", "samples.per-prompt", "samples.every", "samples.prompts", "samples.length", "samples.batch"),
 )
 FREE_GROUPS = ("round.",)

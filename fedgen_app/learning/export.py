@@ -14,7 +14,7 @@ from fedgen_app.errors import AdapterError
 from fedgen_app.files import write_atomic
 from fedgen_app.learning.adapters import Adapter, load_adapter, rank_of, save_adapter
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.task import Metrics
+from fedgen_app.learning.task import Metrics, Task
 from fedgen_app.learning.whole import WholeModel
 from fedgen_app.settings import Settings
 
@@ -88,6 +88,18 @@ def export_personal(
         "privacy": "this adapter was not sent, those of the rounds were; no differential privacy",
     }
     save_peft(folder, backbone, adapter, card(backbone, settings, "personal adapter", note, facts, measured, usage))
+
+
+def usage_of(task: Task, settings: Settings, backbone: Backbone) -> Sequence[str]:
+    """Lines of Python that load an export: the task's own, or, where all weights learned, those for any model."""
+    if not isinstance(backbone.model, WholeModel):
+        return task.usage(settings, backbone)
+    return [
+        "from safetensors.torch import load_file",
+        "",
+        f'weights = load_file(FOLDER + "/{WHOLE_FILE}")  # the folder of this file',
+        "model.load_state_dict(weights, strict=False)  # model: the base model, or of a pipeline its denoiser",
+    ]
 
 
 def span(epochs: int, max_steps: int) -> str:

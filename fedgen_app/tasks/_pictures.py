@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from fedgen_app.data.cache import Arrays, cached, source_identity
-from fedgen_app.data.images import Pictures, load_images
+from fedgen_app.data.decoding import Pictures
+from fedgen_app.data.images import load_images
 from fedgen_app.data.local import Split, own_rows
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError
@@ -42,7 +43,7 @@ class Reference:
 
     pixels: (n, h, w, channels) uint8; prompts: what each is an image of, n; labels: each one's class, n or none.
     others: n other real images, which give the floor of every distance; fewer where there are no more.
-    own: These are a client's own: only a few numbers of them go to the server.
+    own: These are a client's own hold-out: only a few numbers of them go to the server.
     """
 
     pixels: Array
@@ -172,8 +173,7 @@ def _moments(settings: Settings, pipeline: Pipeline, backbone: Backbone, found: 
 
     key = {
         "pixels": _digest(found.pixels),
-        "backbone": backbone.fingerprint,
-        "parts": pipeline.digest("vae"),
+        "backbone": backbone.fingerprint,  # of the autoencoder's configuration too
         "dtype": str(pipeline.dtype),
         "version": VERSION,
     }
@@ -185,8 +185,7 @@ def _embeddings(pipeline: Pipeline, backbone: Backbone, distinct: Sequence[str])
     texts = ["", *distinct]
     key = {
         "texts": hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest(),
-        "backbone": backbone.fingerprint,
-        "parts": pipeline.digest("tokenizer", "text_encoder"),
+        "backbone": backbone.fingerprint,  # of the tokenizer too
         "dtype": str(pipeline.dtype),
         "version": VERSION,
     }
@@ -308,18 +307,40 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
     parts = (np.arange(len(found)),) if share.folder else _owners(settings, backbone, share.count)
     kept, held = own_rows(parts, share.index, share.pooled, settings.holdout_fraction, settings.seed, unit="image")
     wanted, reference = settings.metrics.personal_samples, None
-    if wanted:
-        order = np.random.default_rng(derive(settings.seed, "reference", share.index)).permutation(parts[share.index])
+    if wanted:  # of the hold-out, as all of a client's figures: an adapter has seen the others
+        order = np.random.default_rng(derive(settings.seed, "reference", share.index)).permutation(held)
         reference = _reference(settings, backbone, found, order[:wanted], order[:0], own=True)
-    return LocalData(encoded.take(kept), encoded.take(held, reference))
+    classes = class_names(settings, backbone, shared=not share.folder)
+    return LocalData(encoded.take(kept), encoded.take(held, reference), classes)
+
+
+def class_names(settings: Settings, backbone: Backbone, shared: bool = True) -> tuple[str, ...]:
+    """Names of classes in an order that server and clients share, so that numbers stand for them on the wire.
+
+    Those of the settings, else of a class-conditional backbone, else of the data set's labels where both have the same
+    (``shared``): a device does not see the server's, and nobody sees a device's.
+    """
+    pipeline = cast(Pipeline, backbone.processor)
+    if settings.metrics.classes:
+        return settings.metrics.classes
+    if pipeline.condition == "class":
+        return pipeline.classes or tuple(map(str, range(pipeline.class_count)))
+    if not shared or not settings.dataset:
+        return ()
+    found = _training_pictures(settings, backbone, settings.dataset)
+    return found.classes or tuple(sorted(set(found.labels or ())))
 
 
 def _reference(
     settings: Settings, backbone: Backbone, found: Pictures, chosen: Array, others: Array, own: bool = False
 ) -> Reference:
-    conditions = _conditions(settings, cast(Pipeline, backbone.processor), found)
+    pipeline = cast(Pipeline, backbone.processor)
+    conditions = _conditions(settings, pipeline, found)
     labels = tuple(found.labels[i] for i in chosen) if found.labels is not None else ()
     told = tuple(conditions[i] for i in chosen)
+    if own and pipeline.condition == "class" and not settings.metrics.classes:  # under the names of ``class_names``
+        names = class_names(settings, backbone)
+        labels = tuple(names[pipeline.class_of(label)] for label in told)
     return Reference(found.pixels[chosen], told, labels, found.pixels[others], own)
 
 
