@@ -14,9 +14,10 @@ from fedgen_app.learning.task import Examples, Metrics
 from fedgen_app.seeds import derive
 from fedgen_app.settings import Settings
 from fedgen_app.tasks._objective import denoising_loss
-from fedgen_app.tasks._pictures import Reference, class_names
+from fedgen_app.tasks._pictures import Reference
 from fedgen_app.tasks._pipeline import Pipeline
 from fedgen_app.tasks._sampling import generate, pass_seconds
+from fedgen_app.tasks._sources import class_names, training_pictures
 
 OWN = ("kid", "kid_std", "diversity", "kid_by_class")  # what a client says of its images, beside the loss
 LONG = 900.0  # seconds of measuring, in a whole run, that are worth a warning
@@ -80,7 +81,8 @@ def client_metrics(settings: Settings, backbone: Backbone) -> dict[str, tuple[st
     """What a client may send and where it stands in results.json: its loss and, where asked for, KID, by class too."""
     if not settings.metrics.personal_samples:
         return {"denoising_loss": ("denoising_loss",)}
-    classes = enumerate(class_names(settings, backbone))
+    shared = training_pictures(settings, backbone, settings.dataset) if settings.dataset else None
+    classes = enumerate(class_names(settings, cast(Pipeline, backbone.processor), shared))
     return {name: (name,) for name in (*OWN[:-1], "denoising_loss")} | {
         f"{OWN[-1]}_{number}": (OWN[-1], name) for number, name in classes
     }
@@ -106,14 +108,12 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
                 raise
             # Too few images, or no extractor on this device: no reason to go without a personal adapter.
             log.warning("KID is not measured: %s", error)
-        if examples.reference.own:
-            measured = {name: measured[name] for name in OWN if name in measured}
     return {**measured, "denoising_loss": denoising_loss(backbone, examples, seed)}
 
 
 def _quality_of(settings: Settings, backbone: Backbone, real: Reference, seed: int) -> Metrics:
     try:
-        from fedgen_app.tasks import _quality
+        from fedgen_app.tasks import _features, _quality
     except ModuleNotFoundError as error:
         raise MetricError(f"metrics.samples needs {error.name}: pip install 'fedgen-edge[sim]'") from None
 
@@ -121,15 +121,28 @@ def _quality_of(settings: Settings, backbone: Backbone, real: Reference, seed: i
     side = pipeline.side_for(settings.resolution)
     images = generate(backbone, real.prompts, derive(seed, "measured"), settings.samples, side)
     extractor = _extractor(settings, backbone.device, real.own)
-    drawn, there = _quality.extract(extractor, images), _quality.reference(extractor, real.pixels)
-    found: Metrics = {**_quality.compare(drawn, there, seed), "samples": len(images), "features": extractor.name}
-    if len(real.others) == len(real.pixels):
-        floor = _quality.compare(_quality.reference(extractor, real.others), there, seed)
-        found |= {"fid_floor": floor["fid"], "kid_floor": floor["kid"]}
+    drawn = _features.extract(extractor, images)
+    found: Metrics
+    if real.own:
+        there = _features.reference(extractor, real.pixels)
+        found = dict(_quality.kid(drawn, there, seed))
+    else:
+        known = _known(extractor, real, seed)
+        there = known.features
+        found = {**_quality.compare(drawn, known, seed), "samples": len(images), "features": extractor.name}
+        found |= {f"{name}_floor": known.floor[name] for name in ("fid", "kid") if known.floor}
     found["diversity"] = _quality.diversity(drawn, there)
     if real.labels:
         found["kid_by_class"] = _quality.per_class(drawn, real.labels, there, real.labels, seed)
     return found
+
+
+@functools.lru_cache(maxsize=1)
+def _known(extractor: Any, real: Reference, seed: int) -> Any:
+    """What is known of the server's real images, for as long as the process lives."""
+    from fedgen_app.tasks import _quality
+
+    return _quality.real_side(extractor, real.pixels, real.others, seed)
 
 
 def _extractor(settings: Settings, device: torch.device, own: bool) -> Any:
@@ -139,23 +152,23 @@ def _extractor(settings: Settings, device: torch.device, own: bool) -> Any:
     one with a warning: the metrics' ``features`` says which it was. Not on a client (``own``): its KID goes into a
     mean with the others', and a mean over two extractors says nothing.
     """
-    from fedgen_app.tasks import _quality
+    from fedgen_app.tasks import _features
 
     wanted = settings.metrics.features
     if wanted != "auto":
-        return _quality.open_extractor(wanted, device)
+        return _features.open_extractor(wanted, device)
     if settings.dataset == "bundled":
-        return _quality.open_extractor("bundled", device)
-    return _quality.open_extractor("inception", device) if own else _inception_or_bundled(device)
+        return _features.open_extractor("bundled", device)
+    return _features.open_extractor("inception", device) if own else _inception_or_bundled(device)
 
 
 @functools.lru_cache(maxsize=1)
 def _inception_or_bundled(device: torch.device) -> Any:
     """One of them for as long as the process lives: the rounds of a run are compared with each other."""
-    from fedgen_app.tasks import _quality
+    from fedgen_app.tasks import _features
 
     try:
-        return _quality.open_extractor("inception", device)
+        return _features.open_extractor("inception", device)
     except MetricError as error:
         log.warning("%s; measured with the bundled extractor instead", error)
-        return _quality.open_extractor("bundled", device)
+        return _features.open_extractor("bundled", device)
