@@ -104,6 +104,7 @@ class PartitionSettings(Group):
     by: Literal["auto", "iid", "label", "topic"]
     alpha: Positive
     min_examples: AtLeastOne
+    max_examples: AtLeastZero
 
 
 class PersonalSettings(Group):

@@ -103,6 +103,16 @@ def holdout(count: int, fraction: float, seed: int) -> tuple[IntArray, IntArray]
     return np.sort(order[held:]), np.sort(order[:held])
 
 
+def limited(kept: IntArray, most: int, seed: int) -> IntArray:
+    """At most ``most`` of the documents to train on, sorted, drawn by the seed; 0: all of them.
+
+    A smaller limit keeps some of those that a larger one keeps, so that two of them differ in the amount of data alone.
+    """
+    if most == 0 or len(kept) <= most:
+        return kept
+    return np.sort(np.random.default_rng(seed).permutation(kept)[:most])
+
+
 def files_below(folder: Path) -> list[Path]:
     """All files below a folder, sorted, those behind links too; not what a file manager or an archiver hides there.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedgen_app.data.cache import Arrays, cached, source_identity
 from fedgen_app.data.images import Pictures, load_images
-from fedgen_app.data.local import Split, holdout
+from fedgen_app.data.local import Split, holdout, limited
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import Backbone
@@ -281,7 +281,7 @@ def _owners(settings: Settings, backbone: Backbone, clients: int) -> tuple[Array
     found, _ = _training(settings, backbone, settings.dataset)
     key = {
         "labels": hashlib.sha256(repr((found.labels, found.captions, len(found))).encode()).hexdigest(),
-        "partition": settings.partition.model_dump(),
+        "partition": settings.partition.model_dump(exclude={"max_examples"}),  # it applies after the hold-out
         "clients": clients,
         "seed": settings.seed,
         "version": VERSION,
@@ -309,6 +309,8 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
     if len(owned) == 0:
         raise DataError(f"client {share.index} of {share.count} owns no image")
     kept, held = holdout(len(owned), settings.holdout_fraction, derive(settings.seed, "holdout", share.index))
+    if not share.folder:
+        kept = limited(kept, settings.partition.max_examples, derive(settings.seed, "limit", share.index))
     wanted, reference = settings.metrics.personal_samples, None
     if wanted:
         order = np.random.default_rng(derive(settings.seed, "reference", share.index)).permutation(owned)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedgen_app.data.cache import cached, source_identity
-from fedgen_app.data.local import Corpus, holdout, load_corpus
+from fedgen_app.data.local import Corpus, holdout, limited, load_corpus
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import Backbone
@@ -143,7 +143,7 @@ def _owned(settings: Settings, backbone: Backbone, share: Share) -> np.ndarray[A
     key = {
         "source": _source_identity(settings.dataset, "train", corpus),
         "columns": [settings.text_column, settings.label_column],
-        "partition": settings.partition.model_dump(),
+        "partition": settings.partition.model_dump(exclude={"max_examples"}),  # it applies after the hold-out
         "clients": share.count,
         "seed": settings.seed,
         "version": 1,
@@ -175,6 +175,8 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
     if len(owned) == 0:
         raise DataError(f"client {share.index} of {share.count} owns no document")
     kept, held = holdout(len(owned), settings.holdout_fraction, derive(settings.seed, "holdout", share.index))
+    if not share.folder:
+        kept = limited(kept, settings.partition.max_examples, derive(settings.seed, "limit", share.index))
     start = start_token(backbone.processor)
     length = settings.sequence_length
     return LocalData(pack(documents, owned[kept], length, start), pack(documents, owned[held], length, start))
