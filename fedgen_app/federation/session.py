@@ -20,7 +20,7 @@ from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.export import card, load_peft, save_peft, span
 from fedgen_app.learning.task import Metrics, Sample, Task
-from fedgen_app.runs import report
+from fedgen_app.runs import report, signs
 from fedgen_app.runs.folder import (
     Checkpoint,
     RunFolder,
@@ -172,6 +172,7 @@ class Session:
         """Export the global adapter, generate samples, write the results."""
         task, backbone = self._task, self._backbone
         self.results["final"] = report.final(self.results)
+        self.results["signs"] = signs.signs(self.results)
         facts = self._facts()
         note = "Trained by federated averaging of LoRA adapters: the data stayed on the clients."
         final = self.results["final"]
