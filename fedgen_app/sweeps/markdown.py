@@ -29,7 +29,9 @@ def plus_minus(spread: Spread | None, write: Callable[[float], str] = report.num
     """Mean and standard deviation as a reader wants them; one value has no deviation."""
     if spread is None:
         return NOTHING
-    return write(spread.mean) if spread.deviation is None else f"{write(spread.mean)} ± {write(spread.deviation)}"
+    if spread.deviation is None or (spread.deviation == 0 and write is report.size):  # the same bytes each time
+        return write(spread.mean)
+    return f"{write(spread.mean)} ± {write(spread.deviation)}"
 
 
 def percent(value: float) -> str:
@@ -212,9 +214,9 @@ def _heading(axis: str) -> str:
     return {VARIANT: "variant", "expected-clients": "clients"}.get(axis, axis)
 
 
-def point_name(sweep: Sweep, row: Row, without: str = "") -> str:
-    """A row by its values on all axes (but one): "fedprox, lora.rank 4"."""
-    named = ", ".join(_titled(axis, row.point[axis]) for axis in sweep.axes if axis != without)
+def point_name(sweep: Sweep, row: Row, axes: Sequence[str] | None = None) -> str:
+    """A row by its values on all axes, or on some: "fedprox, lora.rank 4"."""
+    named = ", ".join(_titled(axis, row.point[axis]) for axis in (sweep.axes if axes is None else axes))
     return _escaped(named) or sweep.title
 
 
@@ -257,8 +259,13 @@ def write(
 
 def machine(jobs: int, threads: int) -> str:
     """What the runs ran on, as far as seconds depend on it."""
-    parts = [platform.system(), platform.machine(), f"{os.cpu_count()} cores", f"{jobs} runs at a time"]
-    return ", ".join([*parts, f"{threads} threads each", f"torch {version('torch')}"])
+    parts = [
+        platform.system(),
+        platform.machine(),
+        f"{os.cpu_count()} cores",
+        f"{jobs} run{'s' * (jobs > 1)} at a time",
+    ]
+    return ", ".join([*parts, f"{threads} thread{'s' * (threads > 1)} each", f"torch {version('torch')}"])
 
 
 def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LINES = 12  # of one picture; beyond that nobody tells the colours apart, and the rest is left to the table
 MARKERS = "osD^vP*Xdph<"
+UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("bytes", 1))
 BAND = 0.18  # opacity
 WIDE = 3.0  # an axis whose values span more than this factor is drawn in logarithms
 
@@ -69,19 +70,24 @@ def _colour(number: int) -> Any:
 
 def _courses(sweep: Sweep, title: str, part: Sequence[Row], output: Path, mark: str) -> list[tuple[str, str]]:
     """The metric on the server's test set after each measured round, with a band of one deviation over the seeds."""
+    from matplotlib.ticker import MaxNLocator
+
     shown_rows = [row for row in part if any(record.curve for record in row.done)][:LINES]
     if not shown_rows:
         return []
     metric = next(record.curve.metric for row in shown_rows for record in row.done if record.curve)
     made = []
-    for against, label in (("rounds", "round"), ("bytes", "MB sent up in all")):
+    most = max(record.curve.uplink[-1] for row in shown_rows for record in row.done if record.curve)
+    unit, factor = next((unit for unit in UNITS if most >= unit[1]), UNITS[-1])  # nothing is sent up by some methods
+    for against, label in (("rounds", "round"), ("bytes", f"{unit} sent up in all")):
         figure, (axes,) = _canvas()
         for number, row in enumerate(shown_rows):
-            _course(axes, row, metric, against, number, point_name(sweep, row))
+            _course(axes, row, metric, 0 if against == "rounds" else factor, number, point_name(sweep, row, sweep.rows))
         frozen = [r.figures[f"server_frozen_{metric}"] for row in part for r in row.done if r.source == "server"]
         if frozen and max(frozen) <= 1.001 * min(frozen):
             axes.axhline(frozen[0], color="#555555", linestyle=":", label="frozen backbone")
         axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=against == "rounds"))
         axes.set_ylabel(f"{words(metric)}, server's test set")
         axes.set_title(_plain(title or sweep.title), fontsize="medium")
         name = f"against-{against}{mark}.png"
@@ -90,17 +96,16 @@ def _courses(sweep: Sweep, title: str, part: Sequence[Row], output: Path, mark: 
     return made
 
 
-def _course(axes: Axes, row: Row, metric: str, against: str, number: int, label: str) -> None:
+def _course(axes: Axes, row: Row, metric: str, factor: int, number: int, label: str) -> None:
+    """One row's line; against so many bytes as ``factor`` says, or where that is 0 against rounds."""
     curves = [record.curve for record in row.done if record.curve and record.curve.metric == metric]
     rounds = sorted(set.intersection(*(set(curve.rounds) for curve in curves))) if curves else []
     if not rounds:
         return
     at = [[curve.rounds.index(n) for n in rounds] for curve in curves]
-    found = [spread([c.values[places[i]] for c, places in zip(curves, at, strict=True)]) for i in range(len(rounds))]
-    sent = [
-        spread([c.uplink[places[i]] / 1e6 for c, places in zip(curves, at, strict=True)]) for i in range(len(rounds))
-    ]
-    x = [float(n) for n in rounds] if against == "rounds" else [one.mean for one in sent]
+    found = [spread([c.values[p[i]] for c, p in zip(curves, at, strict=True)]) for i in range(len(rounds))]
+    sent = [spread([float(c.uplink[p[i]]) for c, p in zip(curves, at, strict=True)]) for i in range(len(rounds))]
+    x = [one.mean / factor for one in sent] if factor else [float(n) for n in rounds]
     y, wide = [one.mean for one in found], [one.deviation or 0.0 for one in found]
     colour = _colour(number)
     axes.plot(x, y, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4, label=_plain(label))
@@ -154,7 +159,7 @@ def _panel(axes: Axes, sweep: Sweep, part: Sequence[Row], axis: str, name: str) 
             marker=MARKERS[number % len(MARKERS)],
             markersize=4,
             capsize=3,
-            label=_plain(point_name(sweep, line[0], without=axis)),
+            label=_plain(point_name(sweep, line[0], [other for other in sweep.axes if other != axis])),
         )
     if values[0] > 0 and values[-1] / values[0] > WIDE:
         axes.set_xscale("log")
