@@ -9,11 +9,11 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgen_app.federation import wire
-from fedgen_app.federation.client import Participant, Work, guarded, personal_plan, round_plan
-from fedgen_app.learning import adapters, training
+from fedgen_app.federation.client import Participant, Work, guarded, load_method, personal_plan, round_plan
+from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import load_task, open_backbone
-from fedgen_app.learning.export import export_personal
 from fedgen_app.learning.task import Metrics
+from fedgen_app.runs.personal import Kept
 from fedgen_app.runs.progress import step_bar
 
 app = ClientApp(mods=[guarded])
@@ -23,12 +23,12 @@ app = ClientApp(mods=[guarded])
 def roll_call(message: Message, context: Context) -> Message:
     """Say who is here: id, number of examples, fingerprint of the backbone, versions."""
     me = Participant.from_context(context)
-    backbone = open_backbone(me.settings, me.backbone)
+    backbone = open_backbone(me.settings, me.backbone, load_method(me.settings.method).weights)
     data = load_task(me.settings.task).load_data(me.settings, backbone, me.share)
     facts: dict[str, int | float | str] = {
         "client": str(me.client),
         "num-examples": len(data.train),
-        "rank": me.settings.lora.rank,
+        "rank": me.rank_for(backbone),
         "fingerprint": backbone.fingerprint,
         "simulated-clients": me.simulated,
         "dtype": str(backbone.dtype).removeprefix("torch."),
@@ -42,30 +42,22 @@ def train(message: Message, context: Context) -> Message:
     """Start from the received adapter, train it on the client's own data, keep it, answer with what is shared."""
     began = time.monotonic()
     work = Work.begin(message, context)
-    settings, order, model = work.me.settings, work.order, work.backbone.model
+    settings, order = work.me.settings, work.order
 
-    adapters.write(model, work.start)
-    plan = round_plan(settings, order.number, work.me.client, work.backbone.dtype)
+    plan = round_plan(settings, order.number, work.me.client, work.backbone.dtype, order.steps)
     with step_bar(f"round {order.number}, client {work.me.client}") as on_step:
-        learned = training.train(
-            model,
-            work.task.loss(settings, work.backbone),
-            work.data.train,
-            plan,
-            trains=lambda key: work.method.trains(key, order.round),
-            on_step=on_step,
-        )
-    trained = adapters.read(model)
-    adapters.check_finite(trained, f"training diverged in round {order.number}")
-    work.store.save(order.number, trained)
+        learned = work.method.local(work.lesson(plan, on_step))
+    adapters.check_finite(learned.adapter | learned.own, f"training diverged in round {order.number}")
+    work.store.save(order.number, Kept(learned.adapter, learned.own))
 
-    shared = {key: tensor for key, tensor in trained.items() if work.method.shares(key, order.round)}
+    shared = {key: tensor for key, tensor in learned.adapter.items() if work.method.shares(key, work.round)}
     metrics = {
         wire.NUM_EXAMPLES: len(work.data.train),
         "train_loss": learned.loss,
         "seconds": time.monotonic() - began,
     }
-    return Message(wire.reply(order.number, metrics, shared, settings.wire.codec), reply_to=message)
+    parcel = wire.Parcel(shared, extra=learned.extra)
+    return Message(wire.reply(order.number, metrics, parcel, settings.wire.codec), reply_to=message)
 
 
 @app.train("personalise")
@@ -77,23 +69,18 @@ def personalise(message: Message, context: Context) -> Message:
     def measure() -> Metrics:
         return work.task.evaluate(settings, work.backbone, work.data.holdout, settings.seed)
 
-    adapters.write(model, work.start)
-    with model.disable_adapter():
-        measured = {"frozen": measure()}
-    measured["global"] = measure()
-    if settings.personal.epochs:
-        plan = personal_plan(settings, work.me.client, work.backbone.dtype)
-        with step_bar(f"personal, client {work.me.client}") as on_step:
-            loss = work.task.loss(settings, work.backbone)
-            training.train(model, loss, work.data.train, plan, anchor=work.start, on_step=on_step)
+    plan = personal_plan(settings, work.me.client, work.backbone.dtype)
+    with step_bar(f"personal, client {work.me.client}") as on_step:
+        lesson = work.lesson(plan, on_step)
+        with model.disable_adapter():
+            measured = {"frozen": measure()}
+        measured["global"] = measure()
+        own = work.method.personal(lesson) if settings.personal.epochs else work.start
+    adapters.write(model, own, work.order.received.residual)
     measured["personal"] = measure()
-    examples = len(work.data.train)
     if settings.personal.epochs:
-        personal, usage = adapters.read(model), work.task.usage(work.backbone)
-        folder, data = work.store.folder, work.me.data_name
-        export_personal(folder, work.backbone, personal, data, settings, measured, examples, usage)
-        work.task.export(folder, work.backbone, personal)
+        work.keep_personal(own, measured)
 
-    metrics: dict[str, int | float] = {wire.NUM_EXAMPLES: examples}
+    metrics: dict[str, int | float] = {wire.NUM_EXAMPLES: len(work.data.train)}
     metrics |= {f"{state}.{name}": value for state, found in measured.items() for name, value in found.items()}
     return Message(wire.reply(work.order.number, metrics), reply_to=message)

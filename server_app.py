@@ -5,8 +5,7 @@ from __future__ import annotations
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedgen_app.federation import wire
-from fedgen_app.federation.client import load_method, lora_of
+from fedgen_app.federation.client import check_method, lora_of
 from fedgen_app.federation.roster import Roster
 from fedgen_app.federation.session import Session
 from fedgen_app.federation.strategy import FedLora
@@ -25,15 +24,16 @@ def main(grid: Grid, context: Context) -> None:
     with Session.open(settings) as run:
         if run.completed:
             return
-        task, method = load_task(settings.task), load_method(settings.method)
-        backbone = open_backbone(settings)
+        task, method = load_task(settings.task), check_method(settings)
+        backbone = open_backbone(settings, weights=method.weights)
         test = task.load_test(settings, backbone) if settings.evaluate_every else None
-        run.begin(task, backbone)
+        run.begin(task, method, backbone)
 
         def evaluate(number: int, arrays: ArrayRecord) -> Metrics | None:
-            if test is None:
+            if test is None or not method.has_global:
                 return None
-            adapters.write(backbone.model, wire.unpack(arrays, backbone.layout, "fp32"))
+            state = strategy.state  # the arrays are its adapter alone, without the residual
+            adapters.write(backbone.model, state.adapter, state.residual)
             return task.evaluate(settings, backbone, test, settings.seed)
 
         if test is not None and run.frozen is None:
@@ -51,11 +51,12 @@ def main(grid: Grid, context: Context) -> None:
             roster=roster,
             state=run.state,
             history=run.history,
+            layout=backbone.layout,
             run_name=run.name,
             save=run.save,
             report=run.event,
         )
         strategy.start(grid, evaluate_fn=evaluate)
-        if settings.personal.epochs or (settings.evaluate_every and test is None):
+        if settings.personal.epochs or (settings.evaluate_every and (test is None or not method.has_global)):
             run.keep_personal(*strategy.personalise(grid))
         run.finish(strategy.state)

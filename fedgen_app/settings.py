@@ -54,6 +54,10 @@ AtLeastZero = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Ranks = Annotated[tuple[Rank, ...], _split(",")]
+
+
 def _zero_or_eight(value: int) -> int:
     if 0 < value < 8:
         raise PydanticCustomError("resolution", "should be 0, the backbone's own, or at least 8")
@@ -83,7 +87,8 @@ class Group(BaseModel):
 class LoraSettings(Group):
     """``lora.*``: the adapter, as PEFT's LoraConfig names it."""
 
-    rank: Annotated[int, Field(ge=1, le=1024)]
+    rank: Rank
+    ranks: Ranks
     alpha: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)]
     targets: Names
@@ -91,6 +96,13 @@ class LoraSettings(Group):
     init: str
     convolutions: bool
     text_encoder: bool
+
+    @field_validator("ranks")
+    @classmethod
+    def _largest_first_settled(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        if value and max(value) > info.data.get("rank", max(value)):
+            raise PydanticCustomError("ranks", "should hold no rank above lora.rank")
+        return value
 
     @property
     def scaling(self) -> float:
@@ -131,6 +143,72 @@ class AdmissionSettings(Group):
     max_update_norm: NotNegative
     norm_action: Literal["refuse", "clip"]
     max_weight: NotNegative
+
+
+class AggregationSettings(Group):
+    """``aggregation.*``: what stands beside a method's rule."""
+
+    robust: Literal[
+        "none", "norm-bound", "krum", "multi-krum", "geometric-median", "factor-median", "factor-trimmed-mean"
+    ]
+    attackers: Annotated[float, Field(gt=0, lt=0.5)]
+    norm_bound: Positive
+    layer_wise: bool
+    residual_rank: Annotated[int, Field(ge=1, le=4096)]
+
+
+class FedProxSettings(Group):
+    """``fedprox.*``."""
+
+    mu: Positive
+
+
+class FedPerSettings(Group):
+    """``fedper.*``."""
+
+    personal_blocks: AtLeastOne
+
+
+class DittoSettings(Group):
+    """``ditto.*``."""
+
+    mu: NotNegative
+
+
+class ApflSettings(Group):
+    """``apfl.*``."""
+
+    mix: Annotated[float, Field(ge=0, le=1)]
+    mix_learning_rate: NotNegative
+
+
+class HetLoraSettings(Group):
+    """``hetlora.*``."""
+
+    gamma: Fraction
+    penalty: NotNegative
+
+
+class FedRotSettings(Group):
+    """``fedrot.*``."""
+
+    strength: Annotated[float, Field(ge=0, le=1)]
+
+
+class FedAvgMSettings(Group):
+    """``fedavgm.*``."""
+
+    learning_rate: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+
+
+class FedOptSettings(Group):
+    """``fedopt.*``: of fedadam and fedyogi."""
+
+    learning_rate: Positive
+    beta1: Annotated[float, Field(ge=0, lt=1)]
+    beta2: Annotated[float, Field(ge=0, lt=1)]
+    tau: Positive
 
 
 class WireSettings(Group):
@@ -196,6 +274,7 @@ class Settings(Group):
     test_sequences: AtLeastZero
     num_server_rounds: AtLeastOne
     fraction_train: Fraction
+    selection: Literal["uniform", "examples"]
     expected_clients: AtLeastZero
     evaluate_every: AtLeastZero
     keep_checkpoints: AtLeastOne
@@ -219,6 +298,15 @@ class Settings(Group):
     samples: SampleSettings
     diffusion: DiffusionSettings
     metrics: MetricSettings
+    aggregation: AggregationSettings
+    fedprox: FedProxSettings
+    fedper: FedPerSettings
+    ditto: DittoSettings
+    apfl: ApflSettings
+    hetlora: HetLoraSettings
+    fedrot: FedRotSettings
+    fedavgm: FedAvgMSettings
+    fedopt: FedOptSettings
 
     @classmethod
     def from_run_config(cls, run_config: RunConfig) -> Settings:
@@ -267,15 +355,16 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, V
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
         elif isinstance(value, tuple):
-            yield prefix + key, ("|" if key == "prompts" else ",").join(value)
+            yield prefix + key, ("|" if key == "prompts" else ",").join(map(str, value))
         else:
             yield prefix + key, value
 
 
 def _explain(location: tuple[int | str, ...], value: object, message: str, run_config: RunConfig) -> str:
-    key = ".".join(str(part) for part in location)
+    key = ".".join(part for part in location if isinstance(part, str))  # less the place in a list
     if key not in run_config:
         return f"{key} is missing"
+    value = run_config[key]
     return f"{key} = {value!r}: {message.replace('Input should', 'should')}"
 
 

@@ -22,7 +22,7 @@ from fedgen_app.learning.adapters import Adapter, digest_of, layout_of
 from fedgen_app.settings import AdmissionSettings
 
 NUMBER = 3
-LORA = Lora(2, 5.0, 2.5)
+LORA = Lora(2, 5.0)
 A, B = "q_proj.lora_A.weight", "q_proj.lora_B.weight"
 REFERENCE: Adapter = {A: torch.linspace(-1, 1, 6).reshape(2, 3), B: torch.linspace(0, 1, 8).reshape(4, 2)}
 LAYOUT = layout_of(REFERENCE)
@@ -33,7 +33,7 @@ METRICS = {wire.NUM_EXAMPLES: 12, "train_loss": 2.5, "seconds": 1.0}
 def expected(limit: float = 1000.0, action: str = "refuse", **changes: Any) -> Expected:
     limits = AdmissionSettings.model_validate({"max-update-norm": limit, "norm-action": action, "max-weight": 10})
     names = frozenset({"train_loss", "seconds"})
-    return replace(Expected(NUMBER, LAYOUT, REFERENCE, LORA, "fp32", names, limits), **changes)
+    return replace(Expected(NUMBER, LAYOUT, (), REFERENCE, LORA, "fp32", names, limits), **changes)
 
 
 def adapter(value: float = 0.5) -> Adapter:
@@ -41,7 +41,7 @@ def adapter(value: float = 0.5) -> Adapter:
 
 
 def content(tensors: Adapter | None = None, **metrics: Any) -> RecordDict:
-    return wire.reply(NUMBER, METRICS | metrics, tensors or adapter())
+    return wire.reply(NUMBER, METRICS | metrics, wire.Parcel(tensors or adapter()))
 
 
 def message(answer: RecordDict | Error) -> Message:
@@ -111,11 +111,11 @@ FAULTS: list[tuple[str, RecordDict | Error]] = [
     ("stale", with_facts(**{wire.ROUND: NUMBER + 1})),
     ("stale", with_facts(**{wire.ROUND: str(NUMBER)})),
     ("stale", with_record("reply", ConfigRecord({wire.LAYOUT: digest_of(LAYOUT)}))),
-    ("keys", wire.reply(NUMBER, METRICS, {A: adapter()[A]})),
-    ("keys", wire.reply(NUMBER, METRICS, adapter() | {"more.lora_A.weight": torch.ones(1)})),
-    ("keys", wire.reply(NUMBER, METRICS, {A: torch.ones(3, 3), B: torch.ones(4, 3)})),  # another rank
-    ("keys", wire.reply(NUMBER, METRICS, {A: torch.ones(1, 2), B: torch.ones(4, 2)})),  # would broadcast
-    ("keys", wire.reply(NUMBER, METRICS, {A: torch.ones(()), B: torch.ones(4, 2)})),
+    ("keys", wire.reply(NUMBER, METRICS, wire.Parcel({A: adapter()[A]}))),
+    ("keys", wire.reply(NUMBER, METRICS, wire.Parcel(adapter() | {"more.lora_A.weight": torch.ones(1)}))),
+    ("keys", wire.reply(NUMBER, METRICS, wire.Parcel({A: torch.ones(3, 3), B: torch.ones(4, 3)}))),  # another rank
+    ("keys", wire.reply(NUMBER, METRICS, wire.Parcel({A: torch.ones(1, 2), B: torch.ones(4, 2)}))),  # would broadcast
+    ("keys", wire.reply(NUMBER, METRICS, wire.Parcel({A: torch.ones(()), B: torch.ones(4, 2)}))),
     ("keys", with_facts(**{wire.LAYOUT: 7})),
     ("keys", with_record("reply", ConfigRecord({wire.ROUND: NUMBER}))),
     ("keys", with_array(numbers(), "weights")),
@@ -178,7 +178,7 @@ def test_the_norm_is_that_of_the_change_and_has_a_sharp_limit() -> None:
 
 def test_the_norm_of_a_change_in_one_factor_alone_counts_too() -> None:
     layout = layout_of({B: REFERENCE[B]})
-    answer = wire.reply(NUMBER, METRICS, {B: REFERENCE[B] + 1e6})
+    answer = wire.reply(NUMBER, METRICS, wire.Parcel({B: REFERENCE[B] + 1e6}))
     assert reason(answer, expected(layout=layout)) == "norm"
     clipped = check(message(answer), 5, expected(10, "clip", layout=layout)).adapter
     assert layout_of(clipped) == layout

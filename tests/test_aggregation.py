@@ -9,11 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
 from fedgen_app.federation.aggregation import change_norm, mean_of_factors, shrink
 from fedgen_app.federation.method import GlobalState, Lora, Round, Update, weighted_mean
 from fedgen_app.learning.adapters import Adapter, digest
-from fedgen_app.settings import AdmissionSettings
+from fedgen_app.settings import AdmissionSettings, Settings, defaults
+
+SETTINGS = Settings.from_run_config(defaults(ROOT))
 
 RANK, ALPHA = 3, 7.5
 SCALING = ALPHA / RANK
@@ -88,7 +91,7 @@ def test_what_has_no_mean_is_refused(adapters: Sequence[Adapter], weights: Seque
 
 def test_replies_in_any_order_give_the_same_bits_once_they_stand_in_client_order() -> None:
     updates = [Update(client, adapter(client), RANK, 10.0 ** (client - 1)) for client in range(4)]
-    round_ = Round(1, Lora(RANK, ALPHA, SCALING), 0)
+    round_ = Round(1, Lora(RANK, ALPHA), 0, SETTINGS)
     start = GlobalState(adapter(9))
     results = {
         digest(weighted_mean(start, sorted(order, key=lambda u: u.client), round_).adapter)
@@ -101,7 +104,7 @@ def test_the_rule_keeps_what_nobody_shared() -> None:
     start = GlobalState(adapter(9), {"r": torch.ones(1)}, {"e": torch.ones(2)})
     only = "q_proj.lora_B.weight"
     updates = [Update(i, {only: adapter(i)[only]}, RANK, i + 1.0) for i in range(2)]
-    after = weighted_mean(start, updates, Round(1, Lora(RANK, ALPHA, SCALING), 0))
+    after = weighted_mean(start, updates, Round(1, Lora(RANK, ALPHA), 0, SETTINGS))
     assert after.residual is start.residual and after.extra is start.extra
     torch.testing.assert_close(after.adapter[only], (adapter(0)[only] + 2 * adapter(1)[only]) / 3)
     for key in set(start.adapter) - {only}:

@@ -18,7 +18,7 @@ from fedgen_app.federation.method import GlobalState
 from fedgen_app.files import folder_atomic, to_json, write_atomic
 from fedgen_app.learning.adapters import Layout, digest
 from fedgen_app.runs.folder import Checkpoint, RunFolder, checkpoint_numbers, load_checkpoint, read_json
-from fedgen_app.runs.personal import PersonalStore
+from fedgen_app.runs.personal import Kept, PersonalStore
 
 KEY = "q_proj.lora_A.weight"
 LAYOUT: Layout = ((KEY, (2, 3)),)
@@ -257,52 +257,57 @@ def numbered(store: PersonalStore) -> list[str]:
 
 def test_a_client_starts_from_the_round_before_the_one_it_is_asked_for(tmp_path: Path) -> None:
     store = PersonalStore(tmp_path, keep=10)
-    assert store.before(1, LAYOUT) is None
+    assert store.before(1) == Kept()
     for number in (1, 3, 4):
-        store.save(number, state(number).adapter)
+        store.save(number, Kept(state(number).adapter))
     for number, source in ((2, 1), (3, 1), (4, 3), (5, 4), (99, 4)):
-        got = store.before(number, LAYOUT)
-        assert got is not None and digest(got) == digest(state(source).adapter)
-    assert store.before(1, LAYOUT) is None
+        got = store.before(number)
+        assert digest(got.adapter) == digest(state(source).adapter)
+    assert store.before(1) == Kept()
 
 
 def test_a_client_keeps_its_last_states(tmp_path: Path) -> None:
     store = PersonalStore(tmp_path, keep=2)
     for number in (1, 2, 5):
-        store.save(number, state(number).adapter)
+        store.save(number, Kept(state(number).adapter))
     assert numbered(store) == ["round-0002.safetensors", "round-0005.safetensors"]
 
 
 def test_a_round_that_is_repeated_ends_the_abandoned_ones_after_it(tmp_path: Path) -> None:
     store = PersonalStore(tmp_path, keep=2)
     for number in (4, 5):
-        store.save(number, state(number).adapter)
-    store.save(3, state(33).adapter)  # the run went on from the checkpoint of round 2
-    got = store.before(6, LAYOUT)
-    assert got is not None and digest(got) == digest(state(33).adapter)
+        store.save(number, Kept(state(number).adapter))
+    store.save(3, Kept(state(33).adapter))  # the run went on from the checkpoint of round 2
+    got = store.before(6)
+    assert digest(got.adapter) == digest(state(33).adapter)
 
 
 def test_a_client_that_is_killed_while_saving_keeps_the_state_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = PersonalStore(tmp_path, keep=1)
-    store.save(1, state(1).adapter)
+    store.save(1, Kept(state(1).adapter))
     full_disk(monkeypatch)
     for number in (1, 2):
         with pytest.raises(OSError, match="No space"):
-            store.save(number, state(9).adapter)
+            store.save(number, Kept(state(9).adapter))
     monkeypatch.undo()
-    got = store.before(2, LAYOUT)
-    assert got is not None and digest(got) == digest(state(1).adapter)
+    got = store.before(2)
+    assert digest(got.adapter) == digest(state(1).adapter)
 
 
 def test_a_clients_damaged_state_is_refused(tmp_path: Path) -> None:
     store = PersonalStore(tmp_path, keep=2)
-    store.save(1, state(1).adapter)
+    store.save(1, Kept(state(1).adapter))
     (file,) = (tmp_path / "state").iterdir()
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(AdapterError, match="round-0001"):
-        store.before(2, LAYOUT)
-    store.save(1, {KEY: torch.zeros(3, 3)})
-    with pytest.raises(AdapterError, match="fit"):
-        store.before(2, LAYOUT)
+        store.before(2)
+
+
+def test_a_method_s_own_tensors_are_kept_beside_the_adapter(tmp_path: Path) -> None:
+    store = PersonalStore(tmp_path, keep=2)
+    store.save(1, Kept(state(1).adapter, {KEY: torch.full((2, 3), 7.0), "variate": torch.ones(1)}))
+    got = store.before(2)
+    assert digest(got.adapter) == digest(state(1).adapter)
+    assert got.own[KEY].tolist() == [[7.0] * 3] * 2 and got.own["variate"].tolist() == [1.0]

@@ -32,6 +32,7 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "test-sequences": [-1],
     "num-server-rounds": [0],
     "fraction-train": [0, 1.01],
+    "selection": ["largest"],
     "expected-clients": [-1],
     "evaluate-every": [-1],
     "keep-checkpoints": [0],
@@ -46,6 +47,7 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "sequence-length": [7],
     "resolution": [7, -1],
     "lora.rank": [0, 1025, 8.5],
+    "lora.ranks": ["4,16", "4,x"],
     "lora.alpha": [0, math.inf],
     "lora.dropout": [1, -0.1],
     "partition.by": ["labels"],
@@ -78,6 +80,24 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "metrics.samples": [-1],
     "metrics.personal-samples": [-1],
     "metrics.features": [""],
+    "aggregation.robust": ["median"],
+    "aggregation.attackers": [0, 0.5],
+    "aggregation.norm-bound": [0],
+    "aggregation.residual-rank": [0],
+    "fedprox.mu": [0],
+    "fedper.personal-blocks": [0],
+    "ditto.mu": [-1],
+    "apfl.mix": [-0.1, 1.1],
+    "apfl.mix-learning-rate": [-1],
+    "hetlora.gamma": [0, 1.1],
+    "hetlora.penalty": [-1],
+    "fedrot.strength": [-0.1, 1.1],
+    "fedavgm.learning-rate": [0],
+    "fedavgm.momentum": [1],
+    "fedopt.learning-rate": [0],
+    "fedopt.beta1": [1],
+    "fedopt.beta2": [-0.1, 1],
+    "fedopt.tau": [0],
 }
 ANY_TEXT = {
     "output-dir",
@@ -89,7 +109,7 @@ ANY_TEXT = {
     "lora.init",
     "samples.prompts",
 }
-SWITCHES = {"gradient-checkpointing", "lora.rslora", "lora.convolutions", "lora.text-encoder"}
+SWITCHES = {"aggregation.layer-wise", "gradient-checkpointing", "lora.rslora", "lora.convolutions", "lora.text-encoder"}
 
 
 def message(**changes: Value) -> str:

@@ -169,10 +169,10 @@ def test_any_header_raises_only_wire_errors(descr: object, order: object, shape:
 def test_what_the_server_sends_is_what_the_client_receives() -> None:
     adapter = {B: torch.randn(4, 2), A: torch.randn(2, 3), "conv.lora_A": torch.randn(2, 3, 1, 1)}
     for codec, tolerance in (("fp32", 0.0), ("fp16", 1e-2)):
-        content = wire.instruction(adapter, codec, {wire.ROUND: 3, wire.RUN: "name"})
+        content = wire.instruction(wire.Parcel(adapter), codec, {wire.ROUND: 3, wire.RUN: "name"})
         config = content.config_records["config"]
         assert (config[wire.ROUND], config[wire.RUN]) == (3, "name")
-        got = wire.received(content, codec)
+        got = wire.received(content, codec).adapter
         assert list(got) == sorted(adapter)
         for key, tensor in adapter.items():
             torch.testing.assert_close(got[key], tensor, rtol=0, atol=tolerance)
@@ -193,7 +193,7 @@ def test_what_the_server_sends_is_what_the_client_receives() -> None:
     ],
 )
 def test_an_instruction_that_is_none_is_a_wire_error(changes: dict[str, Any] | None) -> None:
-    content = wire.instruction({A: torch.randn(2, 3), B: torch.randn(4, 2)}, "fp32", {})
+    content = wire.instruction(wire.Parcel({A: torch.randn(2, 3), B: torch.randn(4, 2)}), "fp32", {})
     if changes is None:
         content = RecordDict({"arrays": content.array_records["arrays"]})
     else:
@@ -205,10 +205,14 @@ def test_an_instruction_that_is_none_is_a_wire_error(changes: dict[str, Any] | N
 
 def test_a_reply_holds_the_allowed_records_and_no_others() -> None:
     adapter = {A: torch.randn(2, 3)}
-    answer = wire.reply(4, {wire.NUM_EXAMPLES: 7, "train_loss": 1.5}, adapter)
+    answer = wire.reply(4, {wire.NUM_EXAMPLES: 7, "train_loss": 1.5}, wire.Parcel(adapter))
     assert set(answer) == {"metrics", "reply", "arrays"}
     assert dict(answer.metric_records["metrics"]) == {wire.NUM_EXAMPLES: 7, "train_loss": 1.5}
-    assert dict(answer.config_records["reply"]) == {wire.ROUND: 4, wire.LAYOUT: digest_of(layout_of(adapter))}
+    assert dict(answer.config_records["reply"]) == {
+        wire.ROUND: 4,
+        wire.LAYOUT: digest_of(layout_of(adapter)),
+        wire.RANK: 2,
+    }
     assert torch.equal(wire.unpack(answer.array_records["arrays"], layout_of(adapter), "fp32")[A], adapter[A])
     assert set(wire.reply(4, {})) == {"metrics", "reply"}  # without an adapter no array
 
@@ -219,7 +223,7 @@ def test_two_layouts_of_one_size_have_two_digests() -> None:
 
 def test_byte_size_counts_what_is_sent() -> None:
     def size(numbers: int, codec: str = "fp32") -> int:
-        return wire.byte_size(Message(wire.reply(1, {}, {A: torch.zeros(numbers)}, codec), 1, "train"))
+        return wire.byte_size(Message(wire.reply(1, {}, wire.Parcel({A: torch.zeros(numbers)}), codec), 1, "train"))
 
     small, large = size(1000), size(3000)
     assert 4000 < small < 6000

@@ -34,11 +34,12 @@ def generate(
         there = ", ".join(_adapters(folder)) or f"none before its end; to go on with it: fedgen resume {folder}"
         raise SettingsError(f"{file}: no such adapter in this run; there are {there}")
 
+    from fedgen_app.federation.client import load_method
     from fedgen_app.learning import adapters
     from fedgen_app.learning.backbone import load_task, open_backbone
 
     task = load_task(settings.task)
-    backbone = open_backbone(settings)
+    backbone = open_backbone(settings, weights=load_method(settings.method).weights)
     texts = [text for text in ([prompt] if prompt else task.prompts(settings, backbone)) for _ in range(count)]
     changed = {key: value for key, value in (("length", length), ("steps", steps)) if value}
     asked = settings.model_copy(update={"samples": settings.samples.model_copy(update=changed)})
@@ -47,7 +48,7 @@ def generate(
         with backbone.model.disable_adapter():
             samples = task.sample(*arguments)
     else:
-        adapters.write(backbone.model, adapters.load_adapter(file, backbone.layout))
+        adapters.write(backbone.model, adapters.load_adapter(file))
         samples = task.sample(*arguments)
     shown = task.render.encode(samples)
     if output is None and task.render.printable:
@@ -75,8 +76,9 @@ def _adapter_file(folder: Path, client: str, cluster: str) -> Path:
         if value and (Path(value).name != value or value.startswith(".")):
             raise SettingsError(f"{option} {value}: should be an id such as {', '.join(_adapters(folder)[:3])}")
     part = f"clients/{client}" if client else f"clusters/{cluster}" if cluster else "global"
-    return folder / part / "adapter_model.safetensors"
+    whole = folder / part / "model.safetensors"  # where all weights learned
+    return whole if whole.is_file() else folder / part / "adapter_model.safetensors"
 
 
 def _adapters(folder: Path) -> list[str]:
-    return [str(f.parent.relative_to(folder)) for f in sorted(folder.glob("**/adapter_model.safetensors"))]
+    return [str(f.parent.relative_to(folder)) for f in sorted(folder.glob("**/*model.safetensors"))]

@@ -51,10 +51,22 @@ def run(
         raise SettingsError(
             f"--output {folder}: holds a run already; to go on with it: fedgen resume {folder}; else name another"
         )
+    _check_method(settings, number)
     run_config = settings.flat() | {"output-dir": str(folder)}
     if not superlink:
         run_config["expected-clients"] = number
     execute(Launch(str(found), engine.value, number, superlink, run_config), folder)
+
+
+def _check_method(settings: Settings, clients: int) -> None:
+    """What only the method and the number of clients (0: unknown) can tell: after all else, as it loads torch."""
+    from fedgen_app.federation.client import check_method
+    from fedgen_app.federation.robust import objection
+    from fedgen_app.federation.roster import chosen_count
+
+    check_method(settings)
+    if clients and (reason := objection(settings.aggregation, chosen_count(clients, settings.fraction_train))):
+        raise SettingsError(reason)
 
 
 def _default_folder(settings: Settings) -> Path:

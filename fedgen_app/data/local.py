@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgen_app.errors import DataError
+from fedgen_app.seeds import derive
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,6 +112,32 @@ def limited(kept: IntArray, most: int, seed: int) -> IntArray:
     if most == 0 or len(kept) <= most:
         return kept
     return np.sort(np.random.default_rng(seed).permutation(kept)[:most])
+
+
+def own_rows(
+    parts: Sequence[IntArray], index: int, pooled: bool, fraction: float, seed: int, unit: str, most: int = 0
+) -> tuple[IntArray, IntArray]:
+    """What one client trains on and what it holds out, as indices into the source.
+
+    Args:
+        parts: What every client owns; of a device's own folder there is one part.
+        pooled: Train on what all clients train on, together: their hold-outs stay unseen.
+        unit: What there is one of per index, for the error's text.
+        most: So many that a client trains on at most, whatever it holds out; 0: no limit.
+
+    Raises:
+        DataError: the client owns nothing.
+    """
+
+    def dealt(number: int) -> tuple[IntArray, IntArray]:
+        owned = parts[number]
+        if len(owned) == 0:
+            raise DataError(f"client {number} of {len(parts)} owns no {unit}")
+        kept, held = holdout(len(owned), fraction, derive(seed, "holdout", number))
+        return owned[limited(kept, most, derive(seed, "limit", number))], owned[held]
+
+    kept, held = dealt(index)
+    return np.concatenate([dealt(number)[0] for number in range(len(parts))]) if pooled else kept, held
 
 
 def files_below(folder: Path) -> list[Path]:

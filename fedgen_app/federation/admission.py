@@ -17,7 +17,7 @@ from fedgen_app.errors import PolicyError, meaning
 from fedgen_app.federation import wire
 from fedgen_app.federation.aggregation import change_norm, shrink
 from fedgen_app.federation.method import ClientId, Lora, Update
-from fedgen_app.learning.adapters import Adapter, Layout, digest_of
+from fedgen_app.learning.adapters import Adapter, Layout, at_rank, digest_of
 from fedgen_app.settings import AdmissionSettings
 
 # A mean loss per token or pixel beyond this is no measurement: ln(vocabulary) is about 12 for the largest ones.
@@ -44,18 +44,23 @@ class Expected:
 
     Attributes:
         number: The round.
-        layout: Keys and shapes of the shared tensors.
-        reference: The global adapter that was sent, under those keys and perhaps more.
+        layout: Keys and shapes of the shared tensors, at the client's rank.
+        extra: Those of the method's own tensors that come with them.
+        reference: The server's adapter at the client's rank, under those keys and perhaps more.
+        lora: The adapter's shape on the client.
         metrics: Names of the metrics that must be there beside num-examples, and no others.
+        prunes: The client may answer with a smaller rank.
     """
 
     number: int
     layout: Layout
+    extra: Layout
     reference: Adapter
     lora: Lora
     codec: str
     metrics: frozenset[str]
     limits: AdmissionSettings
+    prunes: bool = False
 
 
 def check(message: Message, client: ClientId, expected: Expected) -> Update:
@@ -77,19 +82,36 @@ def check(message: Message, client: ClientId, expected: Expected) -> Update:
         raise Rejected("malformed", f"record {error} is of another kind") from None
     if facts.get(wire.ROUND) != expected.number:
         raise Rejected("stale", f"answers round {str(facts.get(wire.ROUND))[:80]} in round {expected.number}")
-    if facts.get(wire.LAYOUT) != digest_of(expected.layout):
-        raise Rejected("keys", f"layout {str(facts.get(wire.LAYOUT))[:80]}, expected {digest_of(expected.layout)}")
+    rank = _rank(facts.get(wire.RANK), expected)
+    layout = _joined(at_rank(expected.layout, rank), expected.extra)
+    if facts.get(wire.LAYOUT) != digest_of(layout):
+        raise Rejected("keys", f"layout {str(facts.get(wire.LAYOUT))[:80]}, expected {digest_of(layout)}")
     try:
-        adapter = wire.unpack(arrays, expected.layout, expected.codec)
+        parcel = wire.Parcel.parted(wire.unpack(arrays, layout, expected.codec))
     except wire.WireError as error:
         raise Rejected(error.reason, str(error)) from None
-    for key, tensor in adapter.items():
+    for key, tensor in parcel.joined().items():
         if not torch.isfinite(tensor).all():
             raise Rejected("non-finite", key)
     num_examples = _weight(metrics.get(wire.NUM_EXAMPLES))
     measured = _metrics(dict(metrics), expected.metrics)
-    adapter = _within_norm(adapter, expected)
-    return Update(client, adapter, expected.lora.rank, num_examples, metrics=measured)
+    adapter = _within_norm(parcel.adapter, rank, expected)
+    return Update(client, adapter, rank, num_examples, parcel.extra, measured)
+
+
+def _rank(claimed: object, expected: Expected) -> int:
+    """The rank of the tensors that came; the client's own where it shares none that have one."""
+    largest = expected.lora.rank
+    if at_rank(expected.layout, largest + 1) == expected.layout:
+        return largest
+    least = 1 if expected.prunes else largest
+    if isinstance(claimed, bool) or not isinstance(claimed, int) or not least <= claimed <= largest:
+        raise Rejected("keys", f"rank {str(claimed)[:80]}, expected {largest}")
+    return claimed
+
+
+def _joined(shared: Layout, extra: Layout) -> Layout:
+    return tuple(sorted([*shared, *((f"{wire.EXTRA}{key}", shape) for key, shape in extra)]))
 
 
 def _weight(value: object) -> float:
@@ -112,18 +134,19 @@ def _metrics(metrics: dict[str, object], names: frozenset[str]) -> dict[str, flo
     return measured
 
 
-def _within_norm(adapter: Adapter, expected: Expected) -> Adapter:
+def _within_norm(adapter: Adapter, rank: int, expected: Expected) -> Adapter:
     limit = expected.limits.max_update_norm
     if not limit:
         return adapter
     # With the factors that were not shared: the change of B alone is B' A - B A.
     old, new = expected.reference, expected.reference | adapter
-    norm = change_norm(new, old, expected.lora.scaling)
+    norm = change_norm(new, old, expected.lora.at(rank).scaling, expected.lora.scaling)
     if norm <= limit:
         return adapter
-    if expected.limits.norm_action == "clip" and math.isfinite(norm):
+    # Between factors of different ranks there is no line to go back on.
+    if expected.limits.norm_action == "clip" and math.isfinite(norm) and rank == expected.lora.rank:
         clipped = shrink(new, old, expected.lora.scaling, limit)
-        return {key: clipped[key] for key, _ in expected.layout}
+        return {key: clipped[key] for key in adapter}
     raise Rejected("norm", f"{norm:.4g} > admission.max-update-norm = {limit:g}")
 
 

@@ -6,12 +6,16 @@ All sums run in float64 and in the order of the arguments: the same replies give
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from fedgen_app.federation.lowrank import Pair, as_factors, as_pair, compress, pad, product_norm, stack
 from fedgen_app.learning.adapters import Adapter, pairs
+
+if TYPE_CHECKING:
+    from fedgen_app.federation.method import Lora, Update
 
 
 def mean_of_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -34,29 +38,75 @@ def mean_of_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Ad
     return mean
 
 
-def _product_norm(b: Tensor, a: Tensor) -> float:
-    """Frobenius norm of B A from the small triangular factors of B and A^T; the product is never formed."""
-    core = torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T
-    return float(torch.linalg.matrix_norm(core))
+def mean_of_products(updates: Sequence[Update], lora: Lora) -> Iterator[tuple[str, str, Pair]]:
+    """dW* = sum over k of p_k s_k B_k A_k, layer by layer, as one stacked pair; p_k: the share of the examples.
 
+    Ranks may differ, and with them the scalings s_k.
 
-def change_norm(new: Adapter, old: Adapter, scaling: float) -> float:
-    """Frobenius norm of the change s (B' A' - B A) over all layers, in float64.
-
-    Convolution factors are read as matrices: A (rank, everything else), B (d_out, rank).
+    Yields:
+        Key of A, key of B, and B = [B_1 .. B_n], A = [p_1 s_1 A_1; ..; p_n s_n A_n].
     """
-    square = 0.0
+    total = sum(u.num_examples for u in updates)
+    weights = [u.num_examples / total * lora.at(u.rank).scaling for u in updates]
+    for key_a, key_b in pairs(updates[0].adapter):
+        yield key_a, key_b, stack([as_pair(u.adapter, key_a, key_b) for u in updates], weights)
+
+
+def absorb(
+    residual: Adapter, changes: Iterable[tuple[str, str, Pair]], like: Adapter, rank: int
+) -> tuple[Adapter, float]:
+    """Add changes to the residual, which acts with scaling 1, and keep its best approximation of at most this rank.
+
+    All layers get one rank, the largest that one of them needs.
+
+    Args:
+        like: An adapter whose layers have the form that the residual's are to have.
+
+    Returns:
+        The residual, and the share of its squared Frobenius norm that the rank could not hold.
+    """
+    kept = []
+    for key_a, key_b, change in changes:
+        whole = stack([as_pair(residual, key_a, key_b), change], [1, 1]) if residual else change
+        kept.append((key_a, key_b, compress(whole, rank)))
+    width = max([1, *(len(small.values) for *_, small in kept)])
+    factors: Adapter = {}
+    for key_a, key_b, small in kept:
+        factors |= as_factors(pad(small.balanced, width), like, key_a, key_b)
+    return dict(sorted(factors.items())), discarded((small.lost, small.energy) for *_, small in kept)
+
+
+def discarded(layers: Iterable[tuple[float, float]]) -> float:
+    """The share of all layers' energy that was lost, from (lost, energy) of each."""
+    each = list(layers)
+    energy = sum(whole for _, whole in each)
+    return sum(lost for lost, _ in each) / energy if energy else 0.0
+
+
+def change_norm(new: Adapter, old: Adapter, scaling: float, old_scaling: float | None = None) -> float:
+    """Frobenius norm of the change s' B' A' - s B A over all layers, in float64.
+
+    A tensor that is no factor of a product changes by its difference. The ranks may differ.
+
+    Args:
+        old_scaling: s where it is not s'.
+    """
+    outer = scaling if old_scaling is None else old_scaling
+    square, factors = 0.0, set()
     for key_a, key_b in pairs(new):
-        a_new, a_old = (x[key_a].double().flatten(1) for x in (new, old))
-        b_new, b_old = (x[key_b].double().flatten(1) for x in (new, old))
-        square += _product_norm(torch.cat([b_new, b_old], 1), torch.cat([a_new, -a_old], 0)) ** 2
-    return scaling * math.sqrt(square)
+        factors |= {key_a, key_b}
+        change = stack([as_pair(new, key_a, key_b), as_pair(old, key_a, key_b)], [scaling, -outer])
+        square += product_norm(change) ** 2
+    for key in sorted(set(new) - factors):
+        square += float((new[key].double() - old[key].double()).square().sum())
+    return math.sqrt(square)
 
 
 def shrink(new: Adapter, old: Adapter, scaling: float, limit: float) -> Adapter:
     """The adapter nearest to ``new`` on the line of factors from ``old`` whose change has norm <= ``limit``.
 
-    Bisection, because the norm of the product is not linear along that line.
+    Bisection, because the norm of the product is not linear along that line. Rank and scaling are the same on both
+    sides.
     """
     low, high = 0.0, 1.0
     for _ in range(50):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -13,16 +15,18 @@ import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 
-from fedgen_app.errors import FedgenError, SettingsError
+from fedgen_app.errors import DataError, FedgenError, SettingsError
 from fedgen_app.federation import wire
-from fedgen_app.federation.method import ClientId, Lora, Method, Round
+from fedgen_app.federation.local import Lesson, fine_tune, plain
+from fedgen_app.federation.method import ClientId, Lora, Method, Round, weighted_mean
 from fedgen_app.federation.roster import parse_client
-from fedgen_app.learning import adapters
+from fedgen_app.learning import adapters, training
 from fedgen_app.learning.adapters import Adapter
 from fedgen_app.learning.backbone import Backbone, load_task, open_backbone
-from fedgen_app.learning.task import LocalData, Share, Task
+from fedgen_app.learning.export import export_personal
+from fedgen_app.learning.task import LocalData, Metrics, Share, Task
 from fedgen_app.learning.training import Plan, round_factor
-from fedgen_app.runs.personal import PersonalStore
+from fedgen_app.runs.personal import Kept, PersonalStore
 from fedgen_app.seeds import derive
 from fedgen_app.settings import Settings, shown_source
 
@@ -48,9 +52,50 @@ def load_method(name: str) -> Method:
     return cast(Method, importlib.import_module(f"fedgen_app.methods.{name.replace('-', '_')}").METHOD)
 
 
+def check_method(settings: Settings) -> Method:
+    """The method of these settings, after it said whether it works with them.
+
+    Raises:
+        SettingsError: names every setting that it refuses, and why.
+    """
+    method = load_method(settings.method)
+    objections = list(method.refuses(settings))
+    if settings.aggregation.layer_wise and method.rule is not weighted_mean:
+        objections.append(
+            f"aggregation.layer-wise = true: method = {settings.method} is no plain mean of factors, which alone can "
+            "be taken layer by layer"
+        )
+    if settings.lora.ranks and method.fit is None and set(settings.lora.ranks) != {settings.lora.rank}:
+        objections.append(
+            f"lora.ranks = {','.join(map(str, settings.lora.ranks))!r}: method = {settings.method} needs one rank for "
+            "all; flexlora, flora and hetlora take mixed ones"
+        )
+    if objections:
+        raise SettingsError("\n".join(objections))
+    return method
+
+
 def lora_of(settings: Settings) -> Lora:
     """The adapter's shape that the settings ask for."""
-    return Lora(settings.lora.rank, settings.lora.alpha, settings.lora.scaling)
+    return Lora(settings.lora.rank, settings.lora.alpha, settings.lora.rslora)
+
+
+def affordable_rank(memory: int, held: int, per_rank: int, largest: int) -> int:
+    """The rank that a device of ``memory`` bytes can train, at most ``largest``.
+
+    The frozen backbone takes ``held`` bytes; half of what is left is for activations; of the other half every number of
+    the adapter takes 16 bytes: itself, its gradient and AdamW's two moments, float32.
+
+    Args:
+        per_rank: Numbers of an adapter of rank 1.
+
+    Raises:
+        DataError: not even rank 1 fits.
+    """
+    rank = (memory - held) // 2 // (16 * per_rank)
+    if rank < 1:
+        raise DataError(f"memory = {memory}: too little for this backbone ({held} bytes) and an adapter of rank 1")
+    return min(rank, largest)
 
 
 def run_folder(settings: Settings, run_name: str) -> Path:
@@ -73,6 +118,8 @@ class Participant:
     simulated: int
     backbone: str
     state: Path | None
+    rank: int = 0
+    memory: int = 0
 
     @classmethod
     def from_context(cls, context: Context) -> Participant:
@@ -84,14 +131,29 @@ class Participant:
         settings, node = Settings.from_run_config(context.run_config), context.node_config
         if "partition-id" in node and "data" not in node:
             index, count = int(node["partition-id"]), int(node["num-partitions"])
-            return cls(index, settings, Share(index, count), count, "", None)
+            ranks = settings.lora.ranks or (settings.lora.rank,)
+            return cls(index, settings, Share(index, count), count, "", None, ranks[index % len(ranks)])
         try:
             client = parse_client(str(node["client-id"]))
-            data = str(node["data"])
+            data, rank, memory = str(node["data"]), int(node.get("rank", 0)), int(node.get("memory", 0))
         except (KeyError, ValueError) as error:
             raise SettingsError(f"node config: {error}; a device needs client-id and data") from None
         state = Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser()
-        return cls(client, settings, Share(folder=data), 0, str(node.get("backbone", "")), state)
+        backbone = str(node.get("backbone", ""))
+        return cls(client, settings, Share(folder=data), 0, backbone, state, rank, memory)
+
+    def rank_for(self, backbone: Backbone) -> int:
+        """Of this client's adapter: what its node config says, or what its memory carries; at most ``lora.rank``.
+
+        Raises:
+            DataError: its memory is too small.
+        """
+        largest = self.settings.lora.rank
+        if self.rank or not self.memory:
+            return min(self.rank or largest, largest)
+        held = backbone.parameters * backbone.dtype.itemsize
+        per_rank = sum(math.prod(shape) for _, shape in adapters.at_rank(backbone.layout, 1))
+        return affordable_rank(self.memory, held, per_rank, largest)
 
     @property
     def data_name(self) -> str:
@@ -113,12 +175,16 @@ class Participant:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What the server asks for in one message."""
+    """What the server asks for in one message.
+
+    Attributes:
+        steps: Optimiser steps to take; 0: as the settings say.
+    """
 
     number: int
     run_name: str
-    received: Adapter
-    round: Round
+    received: wire.Parcel
+    steps: int
 
     @classmethod
     def from_message(cls, message: Message, settings: Settings) -> Assignment:
@@ -128,15 +194,9 @@ class Assignment:
             wire.WireError: it is none.
         """
         config = message.content.config_records["config"]
-        number = int(cast(int, config[wire.ROUND]))
         received = wire.received(message.content, settings.wire.codec)
-        lora = lora_of(settings)
-        return cls(
-            number,
-            str(config[wire.RUN]),
-            received,
-            Round(number, lora, derive(settings.seed, "round", number)),
-        )
+        number, steps = int(cast(int, config[wire.ROUND])), int(cast(int, config.get(wire.STEPS, 0)))
+        return cls(number, str(config[wire.RUN]), received, steps)
 
 
 @dataclass(frozen=True)
@@ -144,6 +204,9 @@ class Work:
     """All that a client needs to carry out an instruction.
 
     Attributes:
+        round: As the method's functions see it, with the largest adapter's shape.
+        rank: Of this client's adapter.
+        kept: What this client left behind the last time, where its method asks for it.
         start: The adapter to start from: what was received, over the client's own private tensors, over the seeded
             start.
     """
@@ -155,6 +218,9 @@ class Work:
     backbone: Backbone
     data: LocalData
     store: PersonalStore
+    round: Round
+    rank: int
+    kept: Kept
     start: Adapter
 
     @classmethod
@@ -167,22 +233,57 @@ class Work:
         me = Participant.from_context(context)
         settings, order = me.settings, Assignment.from_message(message, me.settings)
         task, method = load_task(settings.task), load_method(settings.method)
-        backbone = open_backbone(settings, me.backbone)
-        data = task.load_data(settings, backbone, me.share)
+        backbone = open_backbone(settings, me.backbone, method.weights)
+        data = task.load_data(settings, backbone, replace(me.share, pooled=order.steps > 0))
         store = PersonalStore(me.folder(order.run_name), settings.keep_checkpoints + 1)
-        kept = [key for key, _ in backbone.layout if not method.shares(key, order.round)]
-        own = (store.before(order.number, backbone.layout) if kept else None) or {}
-        private = {key: own[key] for key in kept if key in own}
-        start = adapters.fresh(backbone.layout, settings.seed) | private | order.received
-        return cls(me, order, task, method, backbone, data, store, start)
+        seed = derive(settings.seed, "round", order.number)
+        round_ = Round(order.number, lora_of(settings), seed, settings, backbone.layout, max(1, me.simulated))
+        # A client that pruned its rank is sent its own; one that is sent nothing has the rank it can afford.
+        rank = adapters.rank_of(order.received.adapter, otherwise=me.rank_for(backbone))
+        private = {key for key, _ in backbone.layout if not method.shares(key, round_)}
+        remembers = private or method.local is not plain or method.personal is not fine_tune
+        kept = store.before(order.number) if remembers else Kept()
+        fresh = backbone.fresh(settings.seed)
+        if method.fit and method.weights == "adapter":
+            fresh = method.fit(fresh, round_.lora, round_.lora.at(rank))
+        own = {key: kept.adapter[key] for key in sorted(private & set(kept.adapter))}
+        start = fresh | own | order.received.adapter
+        return cls(me, order, task, method, backbone, data, store, round_, rank, kept, start)
+
+    def lesson(self, plan: Plan, on_step: Callable[[int, int], None]) -> Lesson:
+        """What the method's procedures are given; the model holds the start."""
+        adapters.write(self.backbone.model, self.start, self.order.received.residual)
+        return Lesson(
+            model=self.backbone.model,
+            loss=self.task.loss(self.me.settings, self.backbone),
+            data=self.data.train,
+            plan=plan,
+            round=self.round,
+            received=self.order.received.adapter,
+            extra=self.order.received.extra,
+            own=self.kept.own,
+            kept=self.kept.adapter,
+            start=self.start,
+            trains=lambda key: self.method.trains(key, self.round),
+            train=self.task.train or training.train,
+            on_step=on_step,
+        )
+
+    def keep_personal(self, adapter: Adapter, measured: Mapping[str, Metrics]) -> None:
+        """Export this client's personal adapter, with the residual in it, to its own disk."""
+        whole = adapters.merged(adapter, self.order.received.residual, lambda rank: self.round.lora.at(rank).scaling)
+        folder, usage = self.store.folder, self.task.usage(self.backbone)
+        settings, examples = self.me.settings, len(self.data.train)
+        export_personal(folder, self.backbone, whole, self.me.data_name, settings, measured, examples, usage)
+        self.task.export(folder, self.backbone, whole)
 
 
-def round_plan(settings: Settings, number: int, client: ClientId, dtype: torch.dtype) -> Plan:
-    """How a client trains in a round."""
+def round_plan(settings: Settings, number: int, client: ClientId, dtype: torch.dtype, steps: int = 0) -> Plan:
+    """How a client trains in a round: as the settings say, or so many steps."""
     factor = round_factor(number, settings.num_server_rounds, settings.warmup_rounds)
     return Plan(
-        epochs=settings.local_epochs,
-        max_steps=settings.max_steps,
+        epochs=steps or settings.local_epochs,  # no more epochs than steps are needed for them
+        max_steps=steps or settings.max_steps,
         batch_size=settings.batch_size,
         accumulate=settings.accumulate,
         learning_rate=settings.learning_rate * factor,

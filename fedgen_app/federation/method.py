@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from fedgen_app.federation.aggregation import mean_of_factors
-from fedgen_app.learning.adapters import Adapter
+from fedgen_app.federation.local import Learned, Lesson, fine_tune, plain
+from fedgen_app.learning.adapters import Adapter, Layout
+from fedgen_app.settings import Settings
 
 ClientId = int | str
 
@@ -20,16 +23,35 @@ class Lora:
 
     rank: int
     alpha: float
-    scaling: float
+    rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r, with rsLoRA alpha / sqrt(r)."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def at(self, rank: int) -> Lora:
+        """The same on a device of another rank: alpha stays, so the scaling differs."""
+        return replace(self, rank=rank)
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a rule may depend on."""
+    """What a method's functions may depend on.
+
+    Attributes:
+        number: From 1; personalisation comes after the last.
+        lora: Of the largest adapter, which is the server's.
+        layout: Keys and shapes of that adapter.
+        clients: How many there are in the run, chosen or not.
+    """
 
     number: int
     lora: Lora
     seed: int
+    settings: Settings
+    layout: Layout = ()
+    clients: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,11 +68,24 @@ class Update:
 
 @dataclass(frozen=True)
 class GlobalState:
-    """What a group of clients shares between rounds."""
+    """What a group of clients shares between rounds.
+
+    Attributes:
+        adapter: Of the largest rank.
+        residual: A second, frozen pair of factors that is added with scaling 1, whatever its rank.
+        extra: What else the server remembers: moments, control variates.
+        facts: Numbers about the last aggregation, for the round's entry in results.json; not part of a checkpoint.
+    """
 
     adapter: Adapter
     residual: Adapter = field(default_factory=dict)
     extra: Adapter = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Adapter]:
+        """What a checkpoint keeps."""
+        return {"adapter": self.adapter, "residual": self.residual, "extra": self.extra}
 
 
 Rule = Callable[[GlobalState, Sequence[Update], Round], GlobalState]
@@ -69,8 +104,20 @@ def _whole_adapter(state: GlobalState, round_: Round) -> Adapter:
     return state.adapter
 
 
+def _nothing(state: GlobalState, round_: Round) -> Adapter:
+    return {}
+
+
 def _every_key(key: str, round_: Round) -> bool:
     return True
+
+
+def _no_extra(shared: Layout, round_: Round) -> Layout:
+    return ()
+
+
+def _no_objection(settings: Settings) -> Iterable[str]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -79,12 +126,31 @@ class Method:
 
     Attributes:
         rule: (state, admitted updates in client order, round) -> next state. Pure.
-        sends: What goes down to a client.
+        sends: What of the adapter goes down to a client. The residual goes down whole, where there is one.
+        sends_extra: What of the state's own tensors goes down.
         shares: Whether a key goes up. What does not go up stays on the client from round to round.
+        shares_extra: (layout of what is shared, round) -> layout of the method's own tensors that go up with it.
         trains: Whether a key learns in this round.
+        local: What a client does with what it received.
+        personal: How a client comes to its personal adapter in the end.
+        fit: (adapter of the largest rank, its shape, the client's shape) -> the client's version; None: all clients
+            have the same rank.
+        refuses: Why it cannot work with these settings, one line each.
+        has_global: Whether the server's adapter is a model. Without, there is no ``global/`` and no server metric.
+        weights: What trains and travels: an adapter, or the whole model.
+        pooled: One client owns everyone's training data and takes everyone's steps.
     """
 
     rule: Rule = weighted_mean
     sends: Callable[[GlobalState, Round], Adapter] = _whole_adapter
+    sends_extra: Callable[[GlobalState, Round], Adapter] = _nothing
     shares: Callable[[str, Round], bool] = _every_key
+    shares_extra: Callable[[Layout, Round], Layout] = _no_extra
     trains: Callable[[str, Round], bool] = _every_key
+    local: Callable[[Lesson], Learned] = plain
+    personal: Callable[[Lesson], Adapter] = fine_tune
+    fit: Callable[[Adapter, Lora, Lora], Adapter] | None = None
+    refuses: Callable[[Settings], Iterable[str]] = _no_objection
+    has_global: bool = True
+    weights: Literal["adapter", "model"] = "adapter"
+    pooled: bool = False

@@ -58,6 +58,11 @@ def in_order(clients: Iterable[ClientId]) -> list[ClientId]:
     return sorted(clients, key=lambda c: (isinstance(c, str), c if isinstance(c, int) else 0, str(c)))
 
 
+def chosen_count(clients: int, fraction: float) -> int:
+    """How many of so many clients a round takes: the nearest number, at least one."""
+    return min(clients, max(1, floor(fraction * clients + 0.5)))
+
+
 @dataclass
 class Roster:
     """The clients of a run, by id; asks every node that it has not asked yet.
@@ -169,7 +174,17 @@ class Roster:
         nodes = set(grid.get_node_ids())
         return in_order(c for c, m in self.members.items() if m.node in nodes)
 
-    def choose(self, present: list[ClientId], fraction: float, seed: int, number: int) -> list[ClientId]:
-        """A seeded draw over client ids (node ids are random in every run), at least one."""
-        size = max(1, floor(fraction * len(present) + 0.5))
-        return in_order(random.Random(derive(seed, "choose", number)).sample(present, min(size, len(present))))
+    def choose(
+        self, present: list[ClientId], fraction: float, seed: int, number: int, by: str = "uniform"
+    ) -> list[ClientId]:
+        """A seeded draw over client ids (node ids are random in every run), without replacement, at least one.
+
+        Args:
+            by: ``uniform``, or ``examples``: a client is drawn in proportion to its number of examples (the keys of
+                Efraimidis and Spirakis 2006).
+        """
+        size, draw = chosen_count(len(present), fraction), random.Random(derive(seed, "choose", number))
+        if by == "uniform":
+            return in_order(draw.sample(present, size))
+        keys = {client: draw.random() ** (1 / self.members[client].num_examples) for client in in_order(present)}
+        return in_order(sorted(present, key=lambda client: keys[client])[-size:])

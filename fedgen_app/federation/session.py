@@ -13,12 +13,13 @@ from typing import Any
 from flwr.common.logger import log
 
 from fedgen_app.errors import CheckpointError, RunError, SettingsError
-from fedgen_app.federation.client import run_folder
-from fedgen_app.federation.method import ClientId, GlobalState
+from fedgen_app.federation.client import lora_of, run_folder
+from fedgen_app.federation.method import ClientId, GlobalState, Method
 from fedgen_app.federation.roster import Roster, in_order
 from fedgen_app.learning import adapters
+from fedgen_app.learning.adapters import merged
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.export import card, load_peft, save_peft, span
+from fedgen_app.learning.export import card, exported_file, load_peft, save_peft, shape_row, span
 from fedgen_app.learning.task import Metrics, Sample, Task
 from fedgen_app.runs import report, signs
 from fedgen_app.runs.folder import (
@@ -29,6 +30,7 @@ from fedgen_app.runs.folder import (
     read_json,
     remove_checkpoint,
 )
+from fedgen_app.runs.personal import load_kept
 from fedgen_app.settings import Settings, shown_source
 
 # Called with every event of a run in this process; the command line adds its display here.
@@ -109,19 +111,20 @@ class Session:
         if text := report.line({"event": kind, **fields}):
             log(INFO, text)
 
-    def begin(self, task: Task, backbone: Backbone) -> None:
+    def begin(self, task: Task, method: Method, backbone: Backbone) -> None:
         """Make or restore the state, and say in results.json what the run stands on.
 
         Raises:
             CheckpointError: the run was made with another backbone.
             AdapterError: ``lora.init`` does not fit.
         """
-        self._task, self._backbone = task, backbone
+        self._task, self._method, self._backbone = task, method, backbone
         if self.checkpoint is None:
             init, seed = self.settings.lora.init, self.settings.seed
-            self.state = GlobalState(load_peft(Path(init), backbone) if init else adapters.fresh(backbone.layout, seed))
+            self.state = GlobalState(load_peft(Path(init), backbone) if init else backbone.fresh(seed))
         else:
-            self.state = GlobalState(**self.checkpoint.parts)
+            parts = self.checkpoint.parts
+            self.state = GlobalState(parts["adapter"], parts.get("residual", {}), parts.get("extra", {}))
             made = self.checkpoint.facts["fingerprint"]
             if made != backbone.fingerprint:
                 raise CheckpointError(f"the run was made with backbone {made}, this one is {backbone.fingerprint}")
@@ -144,7 +147,7 @@ class Session:
             "frozen": self.frozen,
             "history": list(history),
         }
-        self.folder.save_checkpoint(number, vars(state), facts)
+        self.folder.save_checkpoint(number, state.tensors, facts)
         self.results["rounds"] = list(history)
         self.folder.write_results(self.results)
         every = self.settings.samples.every
@@ -179,12 +182,15 @@ class Session:
         own = (final["personal"] or {}).get("frozen")  # the clients' hold-outs, where the server has no test set
         frozen = self.frozen if final["source"] == "server" else own
         measured = {"frozen": frozen or {}, "global": final["metrics"] or {}}
-        text = card(backbone, self.settings, "global adapter", note, facts, measured, task.usage(backbone))
-        save_peft(self.folder.path / "global", backbone, state.adapter, text)
-        task.export(self.folder.path / "global", backbone, state.adapter)
+        if self._method.has_global:
+            whole = merged(state.adapter, state.residual, lambda rank: lora_of(self.settings).at(rank).scaling)
+            facts |= shape_row(self.settings, whole)
+            text = card(backbone, self.settings, "global adapter", note, facts, measured, task.usage(backbone))
+            save_peft(self.folder.path / "global", backbone, whole, text)
+            task.export(self.folder.path / "global", backbone, whole)
         if self.settings.samples.count:
             clients = [entry["client"] for entry in self.results["personal"]]
-            self._sample(self.folder.path / "samples", state, clients, "adapter_model.safetensors")
+            self._sample(self.folder.path / "samples", state, clients, "")
         self.results["status"] = "completed"
         self.results["adapter"]["sha256"] = adapters.digest(state.adapter)
         self.folder.write_results(self.results)
@@ -210,19 +216,21 @@ class Session:
         """Generate with no adapter, with the global one, and with some clients' own, into the folder ``target``.
 
         Args:
-            own: Which file of a client's folder holds its adapter.
+            own: Which file of a client's folder holds its adapter; "": its exported one, with the residual in it.
         """
         task, backbone, options = self._task, self._backbone, self.settings.samples
         texts = [t for t in task.prompts(self.settings, backbone)[: options.count] for _ in range(options.per_prompt)]
         samples: dict[str, Sequence[Sample]] = {}
         with backbone.model.disable_adapter():
             samples["frozen"] = task.sample(self.settings, backbone, texts, self.settings.seed)
-        adapters.write(backbone.model, state.adapter)
-        samples["global"] = task.sample(self.settings, backbone, texts, self.settings.seed)
+        if self._method.has_global:
+            adapters.write(backbone.model, state.adapter, state.residual)
+            samples["global"] = task.sample(self.settings, backbone, texts, self.settings.seed)
         for client in clients[:SAMPLED_CLIENTS]:
-            file = self.folder.path / "clients" / str(client) / own
+            folder = self.folder.path / "clients" / str(client)
+            file = folder / own if own else exported_file(folder)
             if file.exists():  # on a device a client's adapters are not here
-                adapters.write(backbone.model, adapters.load_adapter(file, backbone.layout))
+                adapters.write(backbone.model, load_kept(file).adapter, state.residual if own else None)
                 samples[f"client-{client}"] = task.sample(self.settings, backbone, texts, self.settings.seed)
         task.save_samples(target, samples)
 

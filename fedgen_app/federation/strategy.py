@@ -8,16 +8,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedgen_app.errors import RunError
 from fedgen_app.federation import admission, wire
+from fedgen_app.federation.client import round_plan
 from fedgen_app.federation.exchange import TTL_MARGIN, Patience, Replies, collect
+from fedgen_app.federation.layerwise import layer_wise
 from fedgen_app.federation.method import ClientId, GlobalState, Lora, Method, Round, Update
-from fedgen_app.federation.roster import Roster, in_order
-from fedgen_app.learning.adapters import Adapter, layout_of
+from fedgen_app.federation.robust import objection, robust
+from fedgen_app.federation.roster import Roster, chosen_count, in_order
+from fedgen_app.learning.adapters import Layout, at_rank
+from fedgen_app.learning.training import planned_steps
 from fedgen_app.seeds import derive
 from fedgen_app.settings import Settings
 
@@ -50,6 +55,7 @@ class FedLora(Strategy):
     Args:
         state: What the first round starts from.
         history: The entries of ``rounds`` in results.json so far; a resumed run goes on after them.
+        layout: Of the largest adapter.
         save: Called with (round, state, history) after every aggregation.
         report: Called with (event, fields) whenever something is worth a line.
     """
@@ -62,16 +68,20 @@ class FedLora(Strategy):
         roster: Roster,
         state: GlobalState,
         history: list[dict[str, Any]],
+        layout: Layout,
         run_name: str,
         save: Save,
         report: Callable[..., None],
     ) -> None:
         self.settings = settings
         self.method = method
+        rule = layer_wise(method.rule) if settings.aggregation.layer_wise else method.rule
+        self._rule = robust(rule, method.fit)
         self.lora = lora
         self.roster = roster
         self.state = state
         self.history = history
+        self.layout = layout
         self.run_name = run_name
         self.save = save
         self.report = report
@@ -109,6 +119,7 @@ class FedLora(Strategy):
             RunError: no client is left, or nothing usable came back for several rounds.
         """
         self.summary()
+        self._check_fleet()
         if self.history and self.history[-1]["metrics"] is None:  # ended between saving and measuring
             self._evaluate(self.history[-1], evaluate_fn)
         for number in range(len(self.history) + 1, (num_rounds or self.settings.num_server_rounds) + 1):
@@ -152,7 +163,46 @@ class FedLora(Strategy):
         return lambda done, of: self.report("reply", what=what, done=done, of=of)
 
     def _round(self, number: int) -> Round:
-        return Round(number, self.lora, derive(self.settings.seed, "round", number))
+        seed = derive(self.settings.seed, "round", number)
+        return Round(number, self.lora, seed, self.settings, self.layout, len(self.roster.members))
+
+    def rank(self, client: ClientId) -> int:
+        """Of a client's adapter: what it last answered with, else what it settled on in the roll call."""
+        for entry in reversed(self.history):
+            if client in entry["clients"] and "ranks" in entry:
+                return int(entry["ranks"][entry["clients"].index(client)])
+        return min(self.roster.members[client].rank, self.lora.rank)
+
+    def _check_fleet(self) -> None:
+        """Refuse clients that the method cannot work with, before anyone has trained.
+
+        Raises:
+            RunError: with what to do.
+        """
+        if self.method.pooled and not self.roster.simulated:
+            raise RunError(f"method = {self.settings.method}: for simulations only; no device gives its data away")
+        if reason := objection(self.settings.aggregation, self._chosen()):
+            raise RunError(reason)
+        ranks = {client: self.rank(client) for client in in_order(self.roster.members)}
+        other = {client: rank for client, rank in ranks.items() if rank != self.lora.rank}
+        if other and self.method.fit is None:
+            client, rank = next(iter(other.items()))
+            raise RunError(
+                f"client {client} has rank {rank}, lora.rank = {self.lora.rank}: method = {self.settings.method} needs "
+                f"one rank for all; set lora.rank = {min(ranks.values())}, or take a method for mixed ranks: "
+                "flexlora, flora or hetlora"
+            )
+
+    def _chosen(self) -> int:
+        return chosen_count(len(self.roster.members), self.settings.fraction_train)
+
+    def _parcel(self, number: int, client: ClientId) -> wire.Parcel:
+        """What goes down to a client: the adapter at its rank, the residual, the method's own tensors."""
+        round_ = self._round(number)
+        adapter, rank = self.method.sends(self.state, round_), self.rank(client)
+        if self.method.fit and rank != self.lora.rank:
+            adapter = self.method.fit(adapter, self.lora, self.lora.at(rank))
+        return wire.Parcel(adapter, self.state.residual, self.method.sends_extra(self.state, round_))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -163,9 +213,17 @@ class FedLora(Strategy):
             RunError: no client is connected.
         """
         present = self._wait_for_clients(grid, server_round)
-        chosen = self.roster.choose(present, self.settings.fraction_train, self.settings.seed, server_round)
-        adapter = self.method.sends(self.state, self._round(server_round))
-        return self.address(server_round, chosen, adapter, TRAIN, self.settings.round.deadline)
+        s = self.settings
+        chosen = self.roster.choose(present, s.fraction_train, s.seed, server_round, s.selection)
+        deadline = s.round.deadline
+        if self.method.pooled:
+            return self.address(server_round, chosen[:1], TRAIN, deadline * len(chosen), self._steps(chosen))
+        return self.address(server_round, chosen, TRAIN, deadline)
+
+    def _steps(self, clients: Iterable[ClientId]) -> int:
+        """Optimiser steps that these clients would take in a round, together."""
+        plan = round_plan(self.settings, 1, 0, torch.float32)
+        return sum(planned_steps(self.roster.members[client].num_examples, plan) for client in clients)
 
     def _wait_for_clients(self, grid: Grid, number: int) -> list[ClientId]:
         end = time.monotonic() + self.settings.round.roll_call
@@ -177,36 +235,25 @@ class FedLora(Strategy):
         return present
 
     def address(
-        self, number: int, clients: list[ClientId], adapter: Adapter, kind: str, deadline: float
+        self, number: int, clients: list[ClientId], kind: str, deadline: float, steps: int = 0
     ) -> list[Message]:
         """One message per client with a record of its own."""
-        config: dict[str, int | float | str] = {wire.ROUND: number, wire.RUN: self.run_name}
+        config: dict[str, int | float | str] = {wire.ROUND: number, wire.RUN: self.run_name, wire.STEPS: steps}
         self._nodes = {self.roster.members[client].node: client for client in clients}
         messages = [
             Message(
-                wire.instruction(adapter, self.settings.wire.codec, config),
+                wire.instruction(self._parcel(number, client), self.settings.wire.codec, config),
                 node,
                 kind,
                 ttl=deadline + TTL_MARGIN,
             )
-            for node in self._nodes
+            for node, client in self._nodes.items()
         ]
         self._downlink = sum(wire.byte_size(m) for m in messages)
         return messages
 
     def _admit(self, number: int, replies: Replies) -> Outcome:
         """Sort the replies into updates and rejections, both in client order."""
-        reference = self.method.sends(self.state, self._round(number))
-        shared = {k: v for k, v in self.state.adapter.items() if self.method.shares(k, self._round(number))}
-        expected = admission.Expected(
-            number,
-            layout_of(shared),
-            self.state.adapter | reference,
-            self.lora,
-            self.settings.wire.codec,
-            TRAIN_METRICS,
-            self.settings.admission,
-        )
         outcome = Outcome()
         by_client = {client: node for node, client in self._nodes.items()}
         for client in in_order(by_client):
@@ -220,7 +267,7 @@ class FedLora(Strategy):
             size = wire.byte_size(message)
             outcome.uplink_bytes += size
             try:
-                outcome.updates.append(admission.check(message, client, expected))
+                outcome.updates.append(admission.check(message, client, self._expected(number, client)))
                 outcome.admitted_bytes += size
             except admission.Rejected as rejection:
                 self._reject(outcome, number, client, rejection)
@@ -230,15 +277,34 @@ class FedLora(Strategy):
         outcome.updates = admission.cap_weights(outcome.updates, self.settings.admission.max_weight)
         return outcome
 
+    def _expected(self, number: int, client: ClientId) -> admission.Expected:
+        round_, rank = self._round(number), self.rank(client)
+        shared = tuple((key, shape) for key, shape in at_rank(self.layout, rank) if self.method.shares(key, round_))
+        state = self.state.adapter
+        if self.method.fit and rank != self.lora.rank:
+            state = self.method.fit(state, self.lora, self.lora.at(rank))
+        return admission.Expected(
+            number,
+            shared,
+            self.method.shares_extra(shared, round_),
+            state,
+            self.lora.at(rank),
+            self.settings.wire.codec,
+            TRAIN_METRICS,
+            self.settings.admission,
+            prunes=self.method.fit is not None,
+        )
+
     def _reject(self, outcome: Outcome, number: int, client: ClientId, rejection: admission.Rejected) -> None:
         outcome.rejected.append({"client": client, "reason": rejection.reason})
         self.report("rejected", round=number, client=client, reason=rejection.reason, detail=str(rejection))
 
     def _aggregate(self, number: int, outcome: Outcome) -> None:
-        if outcome.updates:
-            self.state = self.method.rule(self.state, outcome.updates, self._round(number))
-        else:
-            self.report("skipped", round=number)
+        reason = objection(self.settings.aggregation, len(outcome.updates))
+        if not outcome.updates or reason:
+            self.report("skipped", round=number, reason=reason or "no usable reply")
+            return
+        self.state = self._rule(self.state, outcome.updates, self._round(number))
 
     def _entry(self, number: int, outcome: Outcome) -> dict[str, Any]:
         total = sum(u.num_examples for u in outcome.updates)
@@ -253,6 +319,8 @@ class FedLora(Strategy):
             "uplink_bytes": outcome.uplink_bytes,
             "admitted_bytes": outcome.admitted_bytes,
             "downlink_bytes": self._downlink,
+            **({"ranks": [u.rank for u in outcome.updates]} if self.method.fit else {}),
+            **(self.state.facts if outcome.updates else {}),
         }
 
     def _stop_if_futile(self, number: int, replies: Replies, grid: Grid) -> None:
@@ -276,11 +344,10 @@ class FedLora(Strategy):
         """
         number = self.settings.num_server_rounds + 1
         present = self._wait_for_clients(grid, number)
-        adapter = self.method.sends(self.state, self._round(number))
         # More clients than in a round queue for the same machines.
-        per_round = len(self.roster.choose(present, self.settings.fraction_train, 0, 0))
+        per_round = chosen_count(len(present), self.settings.fraction_train)
         deadline = self.settings.round.deadline * math.ceil(len(present) / per_round)
-        messages = self.address(number, present, adapter, PERSONALISE, deadline)
+        messages = self.address(number, present, PERSONALISE, deadline)
         names = dict(self._nodes)
         replies = collect(grid, messages, Patience(deadline), self._progress("personalisation"))
         found = {names[node]: message for node, message in replies.messages.items()}

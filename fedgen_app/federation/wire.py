@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -19,10 +19,12 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from numpy.typing import NDArray
 
 from fedgen_app.errors import AdapterError
-from fedgen_app.learning.adapters import Adapter, Layout, digest_of, layout_of
+from fedgen_app.learning.adapters import Adapter, Layout, digest_of, layout_of, rank_of
 
 ARRAY = "adapter"
 ROUND, RUN, LAYOUT, KEYS, SHAPES = "round", "run", "layout", "keys", "shapes"
+RESIDUAL, EXTRA = "residual/", "extra/"  # in front of a key
+RANK, STEPS = "rank", "steps"
 NUM_EXAMPLES = "num-examples"
 # The header that numpy writes (versions 1 and 2), matched and never evaluated: numpy's own reader evaluates it as
 # Python, and what a hostile one makes it raise is not bounded.
@@ -43,6 +45,29 @@ class Codec:
 
 
 CODECS = {"fp32": Codec("float32"), "fp16": Codec("float16")}
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What travels in one array: an adapter, the residual that is added beside it, a method's own tensors."""
+
+    adapter: Adapter
+    residual: Adapter = field(default_factory=dict)
+    extra: Adapter = field(default_factory=dict)
+
+    def joined(self) -> Adapter:
+        """All of it under one set of keys."""
+        residual = {f"{RESIDUAL}{key}": tensor for key, tensor in self.residual.items()}
+        return self.adapter | residual | {f"{EXTRA}{key}": tensor for key, tensor in self.extra.items()}
+
+    @classmethod
+    def parted(cls, joined: Mapping[str, torch.Tensor]) -> Parcel:
+        """The inverse of ``joined``."""
+        parts: dict[str, Adapter] = {"": {}, RESIDUAL: {}, EXTRA: {}}
+        for key, tensor in joined.items():
+            mark = next((m for m in (RESIDUAL, EXTRA) if key.startswith(m)), "")
+            parts[mark][key.removeprefix(mark)] = tensor
+        return cls(parts[""], parts[RESIDUAL], parts[EXTRA])
 
 
 class WireError(ValueError):
@@ -109,8 +134,9 @@ def _decode(array: Array, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.frombuffer(body, dtype)
 
 
-def instruction(adapter: Adapter, codec: str, config: Mapping[str, int | float | str]) -> RecordDict:
-    """What the server sends: an adapter, its keys and shapes, and a few plain values."""
+def instruction(parcel: Parcel, codec: str, config: Mapping[str, int | float | str]) -> RecordDict:
+    """What the server sends: tensors, their keys and shapes, and a few plain values."""
+    adapter = parcel.joined()
     layout = layout_of(adapter)
     manifest: dict[str, Any] = {
         KEYS: [key for key, _ in layout],
@@ -119,8 +145,8 @@ def instruction(adapter: Adapter, codec: str, config: Mapping[str, int | float |
     return RecordDict({"arrays": pack(adapter, codec), "config": ConfigRecord({**config, **manifest})})
 
 
-def received(content: RecordDict, codec: str) -> Adapter:
-    """The adapter of a server's instruction.
+def received(content: RecordDict, codec: str) -> Parcel:
+    """The tensors of a server's instruction.
 
     Raises:
         WireError: the record is not one.
@@ -133,7 +159,7 @@ def received(content: RecordDict, codec: str) -> Adapter:
         raise WireError("malformed", f"no instruction: {type(error).__name__}") from None
     if len(dict(layout)) != len(layout):
         raise WireError("keys", "a key stands twice in the instruction")
-    return unpack(arrays, layout, codec)
+    return Parcel.parted(unpack(arrays, layout, codec))
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -145,7 +171,7 @@ def _shape(text: str) -> tuple[int, ...]:
 def reply(
     number: int,
     metrics: Mapping[str, int | float],
-    adapter: Adapter | None = None,
+    parcel: Parcel | None = None,
     codec: str = "fp32",
     facts: Mapping[str, int | float | str] | None = None,
 ) -> RecordDict:
@@ -153,14 +179,13 @@ def reply(
 
     This is the one place where something leaves a device. A personal adapter never reaches it.
     """
-    records: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {
-        "metrics": MetricRecord(dict(metrics)),
-        "reply": ConfigRecord({ROUND: number, **(facts or {})}),
-    }
-    if adapter is not None:
-        records["arrays"] = pack(adapter, codec)
-        cast(ConfigRecord, records["reply"])[LAYOUT] = digest_of(layout_of(adapter))
-    return RecordDict(records)
+    records: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {"metrics": MetricRecord(dict(metrics))}
+    known: dict[str, Any] = {ROUND: number, **(facts or {})}
+    if parcel is not None:
+        joined = parcel.joined()
+        records["arrays"] = pack(joined, codec)
+        known |= {LAYOUT: digest_of(layout_of(joined)), RANK: rank_of(parcel.adapter)}
+    return RecordDict(records | {"reply": ConfigRecord(known)})
 
 
 def byte_size(message: Message) -> int:

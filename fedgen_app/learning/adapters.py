@@ -9,25 +9,39 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fedgen_app.errors import AdapterError
 from fedgen_app.files import write_atomic
+from fedgen_app.learning.whole import WholeModel
 
 Adapter = dict[str, Tensor]
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
 
+ADAPTER, RESIDUAL = "default", "residual"  # PEFT's names of what learns and of what is added beside it
+OWN = f".{ADAPTER}."
+
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The LoRA parameters of a PEFT model under the keys that PEFT saves them with, sorted."""
+    """What learns and travels, sorted: LoRA factors under PEFT's keys, or the weights of a whole model.
+
+    The frozen residual (``write``) is not among them.
+    """
+    if isinstance(model, WholeModel):
+        return dict(sorted(model.base.named_parameters()))
     found = {
-        name.replace(".default.", "."): parameter for name, parameter in model.named_parameters() if ".lora_" in name
+        name.replace(OWN, "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name and OWN in name
     }
     return dict(sorted(found.items()))
 
@@ -48,17 +62,98 @@ def read(model: nn.Module) -> Adapter:
 
 
 @torch.no_grad()
-def write(model: nn.Module, adapter: Mapping[str, Tensor]) -> None:
-    """Put an adapter into the model, whole.
+def write(model: nn.Module, adapter: Mapping[str, Tensor], residual: Mapping[str, Tensor] | None = None) -> None:
+    """Put an adapter into the model, whole, and the residual beside it; afterwards nothing else acts.
+
+    Args:
+        adapter: Of any rank: the layers take its rank, and alpha / rank (rsLoRA: alpha / sqrt(rank)) as scaling.
+        residual: Factors under the same keys and of any one rank, added with scaling 1 and frozen; none: no residual.
 
     Raises:
-        AdapterError: a key or a shape differs from the model's.
+        AdapterError: a key differs from the model's, or a shape in more than the rank.
     """
-    own = parameters(model)
+    if isinstance(model, WholeModel):
+        _copy(parameters(model), adapter)
+        return
+    peft = cast(Any, model)
+    _set_rank(peft, ADAPTER, rank_of(adapter))
+    _copy(parameters(peft), adapter)
+    if residual:
+        rank = rank_of(residual)
+        if RESIDUAL not in peft.peft_config:
+            peft.add_adapter(RESIDUAL, replace(peft.peft_config[ADAPTER], r=rank, lora_dropout=0.0))
+        peft.peft_config[RESIDUAL].lora_alpha, peft.peft_config[RESIDUAL].use_rslora = rank, False
+        _set_rank(peft, RESIDUAL, rank)
+        frozen = {n.replace(f".{RESIDUAL}.", "."): p for n, p in peft.named_parameters() if f".{RESIDUAL}." in n}
+        _copy(frozen, residual)
+        peft.base_model.set_adapter([ADAPTER, RESIDUAL])
+        for parameter in frozen.values():
+            parameter.requires_grad_(False)
+    elif RESIDUAL in peft.peft_config:
+        peft.delete_adapter(RESIDUAL)
+        peft.base_model.set_adapter(ADAPTER)
+
+
+def _copy(own: Mapping[str, nn.Parameter], adapter: Mapping[str, Tensor]) -> None:
     if layout_of(own) != layout_of(adapter):
         raise AdapterError(f"adapter does not fit the backbone: {_difference(layout_of(own), layout_of(adapter))}")
     for key, parameter in own.items():
         parameter.copy_(adapter[key])
+
+
+def _set_rank(model: Any, name: str, rank: int) -> None:
+    """Give every layer factors of this rank, whose numbers are yet to be written."""
+    config = model.peft_config[name]
+    config.r = rank
+    scaling = config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or name not in layer.lora_A:
+            continue
+        layer.scaling[name] = scaling
+        if layer.r[name] == rank:
+            continue
+        layer.r[name] = rank
+        for factors, axis in ((layer.lora_A, 0), (layer.lora_B, 1)):
+            old = cast(Any, factors[name]).weight
+            shape = [rank if place == axis else size for place, size in enumerate(old.shape)]
+            cast(Any, factors[name]).weight = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
+
+
+def rank_of(adapter: Mapping[str, Tensor], otherwise: int = 1) -> int:
+    """The rank of an adapter's factors, or ``otherwise`` where it has none."""
+    for key, tensor in adapter.items():
+        if ".lora_A" in key and tensor.ndim > 0:
+            return tensor.shape[0]
+        if ".lora_B" in key and tensor.ndim > 1:
+            return tensor.shape[1]
+    return otherwise
+
+
+def merged(adapter: Adapter, residual: Mapping[str, Tensor], scaling: Callable[[int], float]) -> Adapter:
+    """Adapter and residual as one adapter of the sum of their ranks: exact, as factors are only put side by side.
+
+    Args:
+        scaling: Of an adapter of a given rank.
+    """
+    if not residual:
+        return adapter
+    own, beside = rank_of(adapter), rank_of(residual)
+    outer = scaling(own + beside)
+    whole = {}
+    for a, b in pairs(adapter):
+        whole[a] = torch.cat([adapter[a], residual[a]], 0)
+        whole[b] = torch.cat([adapter[b] * (scaling(own) / outer), residual[b] / outer], 1)
+    return dict(sorted(whole.items()))
+
+
+def at_rank(layout: Layout, rank: int) -> Layout:
+    """The same layout with factors of another rank."""
+    axes = ((".lora_A", 0), (".lora_B", 1))
+    axis_of = {key: next((axis for mark, axis in axes if mark in key), None) for key, _ in layout}
+    return tuple(
+        (key, tuple(rank if place == axis_of[key] else size for place, size in enumerate(shape)))
+        for key, shape in layout
+    )
 
 
 def _difference(own: Layout, other: Layout) -> str:

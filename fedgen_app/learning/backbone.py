@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,8 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 import fedgen_assets
 from fedgen_app.errors import BackboneError, SettingsError
-from fedgen_app.learning.adapters import Layout, layout_of, parameters
+from fedgen_app.learning import adapters
+from fedgen_app.learning.adapters import Adapter, Layout, layout_of, parameters
 from fedgen_app.learning.task import Task
+from fedgen_app.learning.whole import WholeModel
 from fedgen_app.settings import LoraSettings, Settings, looks_like_path
 
 # Layers whose adapter has an A and a B that aggregation understands.
@@ -38,10 +40,10 @@ class Backbone:
         reference: What the export's ``base_model_name_or_path`` says: a folder or a hub id.
         fingerprint: SHA-256 over the source weights, however they are held in memory.
         parameters: Of the frozen model, tied weights once.
-        fresh: Layout of the adapter.
+        layout: Of what learns: the adapter, or all weights.
     """
 
-    model: PeftModel
+    model: PeftModel | WholeModel
     processor: Any
     name: str
     reference: str
@@ -52,6 +54,12 @@ class Backbone:
     dtype: torch.dtype
     layout: Layout
     license: str
+
+    def fresh(self, seed: int) -> Adapter:
+        """What a run starts from: a new adapter that changes nothing yet, or the pre-trained weights."""
+        if isinstance(self.model, WholeModel):
+            return {key: tensor.float().cpu() for key, tensor in sorted(self.model.pretrained.items())}
+        return adapters.fresh(self.layout, seed)
 
     @property
     def full_bytes(self) -> int:
@@ -182,25 +190,28 @@ def lora_config(model: torch.nn.Module, task: Task, lora: LoraSettings) -> LoraC
     )
 
 
-def open_backbone(settings: Settings, source: str = "") -> Backbone:
+def open_backbone(settings: Settings, source: str = "", weights: Literal["adapter", "model"] = "adapter") -> Backbone:
     """The backbone of these settings, from the process's memory where it is there already.
 
     Args:
         source: A device's own place of the same weights, instead of ``settings.backbone``.
+        weights: What learns: an adapter beside the frozen weights, or all weights, which are then float32.
     """
     return _open(
+        weights,
         settings.task,
         source or settings.backbone,
         settings.backbone_revision,
         settings.dtype,
         settings.device,
-        settings.lora.model_copy(update={"init": ""}),
+        settings.lora.model_copy(update={"init": "", "ranks": ()}),
         settings.gradient_checkpointing,
     )
 
 
 @functools.lru_cache(maxsize=1)
 def _open(
+    weights: Literal["adapter", "model"],
     task_name: str,
     source: str,
     revision: str,
@@ -212,7 +223,7 @@ def _open(
     task = load_task(task_name)
     folder = find(source, revision, task)
     place = pick_device(device)
-    held = pick_dtype(dtype, place)
+    held = pick_dtype(dtype, place) if weights == "adapter" else torch.float32
     marks = fingerprint(folder, task.weight_files(folder))
     loaded = task.load_backbone(folder, held, place, lora)
     loaded.model.requires_grad_(False)
@@ -221,14 +232,12 @@ def _open(
         task.save_memory(loaded.model)
     on_hub = source != "bundled" and not looks_like_path(source)
     reference = source if on_hub else str(folder)
-    with warnings.catch_warnings():
-        # PEFT reads an attribute that transformers has renamed; a user can do nothing about it.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-        model = get_peft_model(cast(Any, loaded.model), lora_config(loaded.model, task, lora))
-    peft_config = model.peft_config["default"]
-    peft_config.base_model_name_or_path, peft_config.revision = reference, revision or None
+    model = WholeModel(loaded.model) if weights == "model" else _with_adapter(loaded.model, task, lora)
+    if isinstance(model, PeftModel):
+        peft_config = model.peft_config["default"]
+        peft_config.base_model_name_or_path, peft_config.revision = reference, revision or None
     return Backbone(
-        model=cast(PeftModel, model),
+        model=model,
         processor=loaded.processor,
         name=f"bundled {task.bundled_backbone}" if source == "bundled" else source if on_hub else folder.name,
         reference=reference,
@@ -240,3 +249,10 @@ def _open(
         layout=layout_of(parameters(model)),
         license=licence_of(folder),
     )
+
+
+def _with_adapter(model: torch.nn.Module, task: Task, lora: LoraSettings) -> PeftModel:
+    with warnings.catch_warnings():
+        # PEFT reads an attribute that transformers has renamed; a user can do nothing about it.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+        return cast(PeftModel, get_peft_model(cast(Any, model), lora_config(model, task, lora)))

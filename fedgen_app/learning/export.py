@@ -12,24 +12,38 @@ from torch import Tensor
 
 from fedgen_app.errors import AdapterError
 from fedgen_app.files import write_atomic
-from fedgen_app.learning.adapters import Adapter, load_adapter, save_adapter
+from fedgen_app.learning.adapters import Adapter, load_adapter, rank_of, save_adapter
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Metrics
+from fedgen_app.learning.whole import WholeModel
 from fedgen_app.settings import Settings
+
+ADAPTER_FILE, WHOLE_FILE = "adapter_model.safetensors", "model.safetensors"
 
 
 def save_peft(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor], card: str) -> None:
     """Write ``adapter_config.json``, ``README.md`` and ``adapter_model.safetensors``, the adapter last.
 
-    ``PeftModel.from_pretrained(base, folder)`` opens the folder; its base model is the one that was trained on.
+    ``PeftModel.from_pretrained(base, folder)`` opens the folder; its base model is the one that was trained on. Where
+    all weights learned there is no adapter: ``model.safetensors`` then holds them under the model's own names.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(backbone.model, WholeModel):
+        write_atomic(folder / "README.md", card.encode())
+        save_adapter(adapter, folder / WHOLE_FILE)
+        return
     config: Any = backbone.model.peft_config["default"]
     facts = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
-    facts |= {"inference_mode": True}
+    facts |= {"inference_mode": True, "r": rank_of(adapter)}
     write_atomic(folder / "adapter_config.json", (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())
     write_atomic(folder / "README.md", card.encode())
-    save_adapter(adapter, folder / "adapter_model.safetensors")
+    save_adapter(adapter, folder / ADAPTER_FILE)
+
+
+def exported_file(folder: Path) -> Path:
+    """Where the adapter of an export lies, or, where all weights learned, the model."""
+    whole = folder / WHOLE_FILE
+    return whole if whole.is_file() else folder / ADAPTER_FILE
 
 
 def load_peft(folder: Path, backbone: Backbone) -> Adapter:
@@ -66,6 +80,7 @@ def export_personal(
         "treat it as you treat the data."
     )
     facts = {
+        **shape_row(settings, adapter),
         "data": data_name,
         "local training examples": str(examples),
         "personal fine-tuning": span(settings.personal.epochs, settings.personal.max_steps),
@@ -78,6 +93,14 @@ def export_personal(
 def span(epochs: int, max_steps: int) -> str:
     """How long something trained, in words."""
     return f"{epochs} epoch{'' if epochs == 1 else 's'}" + (f", {max_steps} steps at most" if max_steps else "")
+
+
+def shape_row(settings: Settings, adapter: Mapping[str, Tensor]) -> dict[str, str]:
+    """The card's line about the adapter's shape; none where all weights learned."""
+    if not any(".lora_" in key for key in adapter):
+        return {"what learned": "all weights"}
+    lora = settings.lora
+    return {"rank, alpha": f"{rank_of(adapter)}, {lora.alpha:g}" + (", rsLoRA" if lora.rslora else "")}
 
 
 def card(
@@ -103,7 +126,6 @@ def card(
         "licence of the base model": backbone.license,
         "task": settings.task,
         "method": settings.method,
-        "rank, alpha": f"{settings.lora.rank}, {settings.lora.alpha:g}" + (", rsLoRA" if settings.lora.rslora else ""),
         "seed": str(settings.seed),
         "privacy": "no differential privacy; adapters were sent as they were trained",
         **facts,

@@ -32,11 +32,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the data a client owns: one part of a partition, or all of a device's own folder."""
+    """Which part of the data a client owns: one part of a partition, or all of a device's own folder.
+
+    ``pooled``: the training rows of all parts together; the hold-out stays the part's own.
+    """
 
     index: int = 0
     count: int = 1
     folder: str = ""
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Task:
         export: Writes what other software than PEFT opens, beside the adapter in PEFT's format.
         usage: Lines of Python for the model card that load the adapter from FOLDER.
         bundled_backbone: The name of the bundled backbone under ``fedgen_assets``.
+        train: A training loop of the task's own with the arguments of ``training.train``; None: that one.
     """
 
     lora_targets: Callable[[nn.Module, LoraSettings], tuple[str, ...]]
@@ -125,3 +130,4 @@ class Task:
     export: Callable[[Path, Backbone, Mapping[str, Tensor]], None]
     usage: Callable[[Backbone], Sequence[str]]
     bundled_backbone: str
+    train: Callable[..., Any] | None = None

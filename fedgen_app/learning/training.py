@@ -74,7 +74,8 @@ def _batches(count: int, plan: Plan, generator: torch.Generator) -> Iterator[lis
 
 
 def _choose(model: nn.Module, trains: Callable[[str], bool]) -> dict[str, nn.Parameter]:
-    """The tensors that learn; the others need no gradient."""
+    """The tensors that learn; the others, a frozen residual's too, need no gradient."""
+    model.requires_grad_(False)
     learning = {}
     for key, parameter in parameters(model).items():
         parameter.requires_grad_(trains(key))
@@ -92,6 +93,7 @@ def train(
     plan: Plan,
     trains: Callable[[str], bool] = lambda key: True,
     anchor: Mapping[str, Tensor] | None = None,
+    drift: Mapping[str, Tensor] | None = None,
     on_step: Callable[[int, int], None] = lambda step, of: None,
 ) -> Trained:
     """Train the adapter that is in the model, in place.
@@ -99,6 +101,7 @@ def train(
     Args:
         trains: Which keys learn; the others stay as they are.
         anchor: Where ``plan.proximal`` pulls to.
+        drift: What is added to the gradient of each key before clipping (SCAFFOLD's c - c_i).
         on_step: Called with (steps done, steps in all).
 
     Raises:
@@ -112,6 +115,7 @@ def train(
     rows = {name: tensor.to(device) for name, tensor in examples.rows.items()}
     shared = {name: tensor.to(device) for name, tensor in examples.shared.items()}
     pull = [(p, anchor[k].to(device)) for k, p in learning.items()] if plan.proximal and anchor else []
+    corrections = [(p, drift[k].to(device)) for k, p in learning.items()] if drift else []
     optimiser = torch.optim.AdamW(learning.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.half_precision)
     torch.manual_seed(plan.seed)  # dropout draws from the global generator
@@ -126,9 +130,10 @@ def train(
             value = loss(model, batch, noise)
             torch.autograd.backward(scaler.scale(value * (len(indices) / size)))
             total += value.detach() * len(indices)
-        if pull:
-            penalty = sum((((p - w) ** 2).sum() for p, w in pull), torch.zeros((), device=device))
-            torch.autograd.backward(scaler.scale(plan.proximal / 2 * penalty))
+        if pull or corrections:
+            penalty = plan.proximal / 2 * sum((((p - w) ** 2).sum() for p, w in pull), torch.zeros((), device=device))
+            penalty = sum(((p * c).sum() for p, c in corrections), penalty)  # its gradient is c
+            torch.autograd.backward(scaler.scale(penalty))
         if plan.decay:
             optimiser.param_groups[0]["lr"] = plan.learning_rate * (1 - step / steps)
         _update(optimiser, scaler, plan.clip_norm)

@@ -6,14 +6,32 @@ Nothing here is ever sent. A client that is asked to repeat a round starts from 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
+from fedgen_app.learning.adapters import Adapter, load_adapter, save_adapter
 
-from fedgen_app.learning.adapters import Adapter, Layout, load_adapter, save_adapter
-
+OWN = "own/"  # in front of the keys of a method's own tensors
 ROUND_FILE = re.compile(r"round-(\d{4,})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a client left behind: its adapter, and its method's own tensors."""
+
+    adapter: Adapter = field(default_factory=dict)
+    own: Adapter = field(default_factory=dict)
+
+
+def load_kept(file: Path) -> Kept:
+    """The state in one of a client's files.
+
+    Raises:
+        AdapterError: the file is damaged.
+    """
+    joined = load_adapter(file)
+    own = {key.removeprefix(OWN): tensor for key, tensor in joined.items() if key.startswith(OWN)}
+    return Kept({key: tensor for key, tensor in joined.items() if not key.startswith(OWN)}, own)
 
 
 class PersonalStore:
@@ -30,18 +48,19 @@ class PersonalStore:
     def _file(self, number: int) -> Path:
         return self.folder / "state" / f"round-{number:04d}.safetensors"
 
-    def before(self, number: int, layout: Layout) -> Adapter | None:
-        """The state after the last round before ``number`` that this client took part in.
+    def before(self, number: int) -> Kept:
+        """The state after the last round before ``number`` that this client took part in; empty where there is none.
 
         Raises:
             AdapterError: the file is damaged.
         """
         earlier = [n for n in self._numbers() if n < number]
-        return load_adapter(self._file(earlier[-1]), layout) if earlier else None
+        return load_kept(self._file(earlier[-1])) if earlier else Kept()
 
-    def save(self, number: int, adapter: Mapping[str, Tensor]) -> None:
+    def save(self, number: int, kept: Kept) -> None:
         """Keep the state after a round, which ends later ones; a crash leaves the old file or the new one."""
-        save_adapter(adapter, self._file(number), {"round": str(number)})
+        joined = kept.adapter | {f"{OWN}{key}": tensor for key, tensor in kept.own.items()}
+        save_adapter(joined, self._file(number), {"round": str(number)})
         numbers = self._numbers()
         # Later ones are of rounds that the run went back behind: nobody may start from them again.
         abandoned, done = [n for n in numbers if n > number], [n for n in numbers if n <= number]

@@ -109,7 +109,7 @@ def line(event: Mapping[str, Any]) -> str | None:
         case "not-finite":
             return f"  round {event['round']}: the metrics are not finite ({', '.join(event['metrics'])})"
         case "skipped":
-            return f"  round {event['round']} skipped: no usable reply"
+            return f"  round {event['round']} skipped: {event['reason']}"
         case "duplicate":
             return f"  client {event['client']} answered round {event['round']} twice: the second reply is ignored"
         case "roll-call-timeout":

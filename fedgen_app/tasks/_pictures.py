@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedgen_app.data.cache import Arrays, cached, source_identity
 from fedgen_app.data.images import Pictures, load_images
-from fedgen_app.data.local import Split, holdout, limited
+from fedgen_app.data.local import Split, own_rows
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import Backbone
@@ -305,17 +305,15 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
     if not source:
         raise DataError("dataset = '': this client has no data of its own")
     found, encoded = _training(settings, backbone, source)
-    owned = np.arange(len(found)) if share.folder else _owners(settings, backbone, share.count)[share.index]
-    if len(owned) == 0:
-        raise DataError(f"client {share.index} of {share.count} owns no image")
-    kept, held = holdout(len(owned), settings.holdout_fraction, derive(settings.seed, "holdout", share.index))
-    if not share.folder:
-        kept = limited(kept, settings.partition.max_examples, derive(settings.seed, "limit", share.index))
+    parts = (np.arange(len(found)),) if share.folder else _owners(settings, backbone, share.count)
+    most = 0 if share.folder else settings.partition.max_examples
+    fraction, seed = settings.holdout_fraction, settings.seed
+    kept, held = own_rows(parts, share.index, share.pooled, fraction, seed, unit="image", most=most)
     wanted, reference = settings.metrics.personal_samples, None
     if wanted:
-        order = np.random.default_rng(derive(settings.seed, "reference", share.index)).permutation(owned)
+        order = np.random.default_rng(derive(settings.seed, "reference", share.index)).permutation(parts[share.index])
         reference = _reference(settings, backbone, found, order[:wanted], order[:0], own=True)
-    return LocalData(encoded.take(owned[kept]), encoded.take(owned[held], reference))
+    return LocalData(encoded.take(kept), encoded.take(held, reference))
 
 
 def _reference(

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from fedgen_app.data.cache import cached, source_identity
-from fedgen_app.data.local import Corpus, holdout, limited, load_corpus
+from fedgen_app.data.local import Corpus, load_corpus, own_rows
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Examples, LocalData, Share
-from fedgen_app.seeds import derive
 from fedgen_app.settings import Settings, looks_like_path
 
 IGNORED = -100  # torch's cross_entropy leaves these targets out
@@ -136,28 +135,28 @@ def split(settings: Settings, backbone: Backbone, clients: int) -> Partition:
     )
 
 
-def _owned(settings: Settings, backbone: Backbone, share: Share) -> np.ndarray[Any, Any]:
-    """Document indices of one simulated client, from the cached partition."""
+def _owned(settings: Settings, backbone: Backbone, clients: int) -> list[np.ndarray[Any, Any]]:
+    """Document indices of every simulated client, from the cached partition."""
     hub = not looks_like_path(settings.dataset) and settings.dataset != "bundled"
     corpus = _corpus(settings, settings.dataset, "train") if hub else None
     key = {
         "source": _source_identity(settings.dataset, "train", corpus),
         "columns": [settings.text_column, settings.label_column],
         "partition": settings.partition.model_dump(exclude={"max_examples"}),  # it applies after the hold-out
-        "clients": share.count,
+        "clients": clients,
         "seed": settings.seed,
         "version": 1,
     }
 
     def build() -> dict[str, np.ndarray[Any, Any]]:
-        owned = split(settings, backbone, share.count).examples
+        owned = split(settings, backbone, clients).examples
         return {
             "documents": np.concatenate(owned).astype(np.int64),
             "starts": np.cumsum([0, *(len(o) for o in owned)], dtype=np.int64),
         }
 
     parts = cached("partition", key, build)
-    return np.asarray(parts["documents"][parts["starts"][share.index] : parts["starts"][share.index + 1]])
+    return np.split(np.asarray(parts["documents"]), parts["starts"][1:-1])
 
 
 def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData:
@@ -171,15 +170,13 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
         raise DataError("dataset = '': this client has no data of its own")
     documents = _documents(settings, backbone, source, "train")
     assert documents is not None
-    owned = np.arange(len(documents["words"])) if share.folder else _owned(settings, backbone, share)
-    if len(owned) == 0:
-        raise DataError(f"client {share.index} of {share.count} owns no document")
-    kept, held = holdout(len(owned), settings.holdout_fraction, derive(settings.seed, "holdout", share.index))
-    if not share.folder:
-        kept = limited(kept, settings.partition.max_examples, derive(settings.seed, "limit", share.index))
+    parts = [np.arange(len(documents["words"]))] if share.folder else _owned(settings, backbone, share.count)
+    most = 0 if share.folder else settings.partition.max_examples
+    fraction, seed = settings.holdout_fraction, settings.seed
+    kept, held = own_rows(parts, share.index, share.pooled, fraction, seed, unit="document", most=most)
     start = start_token(backbone.processor)
     length = settings.sequence_length
-    return LocalData(pack(documents, owned[kept], length, start), pack(documents, owned[held], length, start))
+    return LocalData(pack(documents, kept, length, start), pack(documents, held, length, start))
 
 
 def load_test(settings: Settings, backbone: Backbone) -> Examples | None:

@@ -1,0 +1,217 @@
+"""Robust rules (``aggregation.robust``): what becomes of the updates before a method's rule sees them.
+
+What a client did is the change of the product, s (B_k A_k - B A), from what it received (B, A). Its norm and all
+distances come from factors (``lowrank.gram``), so no dense matrix is formed. Only the two rules named ``factor-`` work
+on the factors themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedgen_app.errors import RunError
+from fedgen_app.federation.aggregation import change_norm, shrink
+from fedgen_app.federation.lowrank import Pair, as_pair, gram
+from fedgen_app.federation.method import GlobalState, Lora, Round, Rule, Update
+from fedgen_app.learning.adapters import Adapter, pairs
+from fedgen_app.settings import AggregationSettings, Settings
+
+Fit = Callable[[Adapter, Lora, Lora], Adapter]
+
+# Smallest number of clients that a rule works with when f of them attack. Krum: Blanchard et al. 2017 (NeurIPS,
+# arXiv 1703.02757); the others need a majority.
+NEEDED: dict[str, tuple[str, Callable[[int], int]]] = {
+    "norm-bound": ("2f + 1", lambda f: 2 * f + 1),
+    "krum": ("2f + 3", lambda f: 2 * f + 3),
+    "multi-krum": ("2f + 3", lambda f: 2 * f + 3),
+    "geometric-median": ("2f + 1", lambda f: 2 * f + 1),
+    "factor-median": ("2f + 1", lambda f: 2 * f + 1),
+    "factor-trimmed-mean": ("2f + 1", lambda f: 2 * f + 1),
+}
+FACTOR_RULES = ("factor-median", "factor-trimmed-mean")
+PRODUCT_RULES = tuple(name for name in NEEDED if name not in FACTOR_RULES)
+# Weiszfeld: distances below this share of the median one count as this (Pillutla et al. 2022, arXiv 1912.13445, smooth
+# with 1e-6); the steps cost n^2 numbers each, so it goes on until nothing moves.
+SMOOTHING = 1e-6
+MOST_STEPS, STANDSTILL = 1000, 1e-12
+
+
+def only(*allowed: str, because: str) -> Callable[[Settings], Iterable[str]]:
+    """For ``Method.refuses``: the method can have these rules beside it and no others."""
+
+    def objections(settings: Settings) -> Iterable[str]:
+        name = settings.aggregation.robust
+        if name not in ("none", *allowed):
+            fitting = ", ".join(("none", *allowed))
+            yield f"aggregation.robust = {name!r}: method = {settings.method} takes {fitting}, because {because}"
+
+    return objections
+
+
+def attackers(aggregation: AggregationSettings, clients: int) -> int:
+    """f, how many of so many clients are taken for attackers: floor(aggregation.attackers * clients)."""
+    return math.floor(aggregation.attackers * clients + 1e-9)  # 0.29 * 100 is 28.999...
+
+
+def objection(aggregation: AggregationSettings, clients: int) -> str | None:
+    """Why so few clients cannot carry the rule; None where they can."""
+    if aggregation.robust == "none":
+        return None
+    f = attackers(aggregation, clients)
+    formula, needed = NEEDED[aggregation.robust]
+    if clients >= needed(f):
+        return None
+    return (
+        f"aggregation.robust = {aggregation.robust!r} needs {formula} = {needed(f)} replies against f = {f} attackers "
+        f"(aggregation.attackers = {aggregation.attackers:g}), and there are {clients}"
+    )
+
+
+def robust(rule: Rule, fit: Fit | None = None) -> Rule:
+    """The rule behind the guard that ``aggregation.robust`` names."""
+
+    def guarded(state: GlobalState, updates: Sequence[Update], round_: Round) -> GlobalState:
+        name = round_.settings.aggregation.robust
+        return rule(state, reweigh(name, updates, state, round_, fit), round_)
+
+    return guarded
+
+
+def reweigh(
+    name: str, updates: Sequence[Update], state: GlobalState, round_: Round, fit: Fit | None = None
+) -> list[Update]:
+    """The updates that the method's rule is to see: clipped, chosen, weighed anew, or replaced by their middle.
+
+    Args:
+        name: One of the values of ``aggregation.robust``.
+        fit: How the method cuts the server's adapter for a client of a smaller rank.
+
+    Raises:
+        RunError: there are too few updates for this rule.
+    """
+    if name == "none":
+        return list(updates)
+    settings = round_.settings.aggregation.model_copy(update={"robust": name})
+    if reason := objection(settings, len(updates)):
+        raise RunError(reason)
+    f = attackers(settings, len(updates))
+    received = _received(updates, state, round_, fit)
+    if name == "norm-bound":
+        return _bounded(updates, received, round_.lora, settings.norm_bound)
+    if name == "krum":
+        return [updates[_by_score(gram_of_changes(updates, received, round_.lora), f)[0]]]
+    if name == "multi-krum":
+        chosen = _by_score(gram_of_changes(updates, received, round_.lora), f)[: len(updates) - f]
+        return [updates[i] for i in sorted(chosen)]
+    if name == "geometric-median":
+        return _towards_the_middle(updates, gram_of_changes(updates, received, round_.lora))
+    return [_middle(updates, f if name == "factor-trimmed-mean" else None)]
+
+
+def _received(updates: Sequence[Update], state: GlobalState, round_: Round, fit: Fit | None) -> list[Adapter]:
+    """What each client had when it started: the server's adapter at the client's rank."""
+    at_rank = {round_.lora.rank: state.adapter}
+    for rank in {u.rank for u in updates} - set(at_rank):
+        if fit is None:
+            raise RunError(f"an update of rank {rank} in a method that has rank {round_.lora.rank} alone")
+        at_rank[rank] = fit(state.adapter, round_.lora, round_.lora.at(rank))
+    return [at_rank[u.rank] for u in updates]
+
+
+def _change(new: Adapter, old: Adapter, key_a: str, key_b: str, scaling: float) -> Pair:
+    """B' A' - B A as (B' - B) A' + B (A' - A): small changes do not drown in the rounding of what they change."""
+    (b_new, a_new), (b_old, a_old) = as_pair(new, key_a, key_b), as_pair(old, key_a, key_b)
+    return scaling * torch.cat([b_new - b_old, b_old], 1), torch.cat([a_new, a_new - a_old], 0)
+
+
+def gram_of_changes(updates: Sequence[Update], received: Sequence[Adapter], lora: Lora) -> Tensor:
+    """Inner products (n, n) of what the clients changed, over all layers, in float64.
+
+    A factor that was not shared is the received one. A tensor that is no factor changes by its difference.
+    """
+    new = [old | u.adapter for u, old in zip(updates, received, strict=True)]
+    scalings = [lora.at(u.rank).scaling for u in updates]
+    shared = set(updates[0].adapter)
+    layers = [pair for pair in pairs(new[0]) if shared & set(pair)]
+    whole = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for key_a, key_b in layers:
+        whole += gram([_change(n, o, key_a, key_b, s) for n, o, s in zip(new, received, scalings, strict=True)])
+    for key in sorted(shared - {key for pair in layers for key in pair}):
+        rows = torch.stack([(n[key].double() - o[key].double()).flatten() for n, o in zip(new, received, strict=True)])
+        whole += rows @ rows.T
+    return whole
+
+
+def _bounded(updates: Sequence[Update], received: Sequence[Adapter], lora: Lora, times: float) -> list[Update]:
+    """No change longer than ``times`` the median one; longer ones go back along the line of their factors."""
+    new = [old | u.adapter for u, old in zip(updates, received, strict=True)]
+    scalings = [lora.at(u.rank).scaling for u in updates]
+    norms = [change_norm(n, o, s) for n, o, s in zip(new, received, scalings, strict=True)]
+    limit = times * statistics.median(norms)
+    bounded = []
+    for update, whole, old, scaling, norm in zip(updates, new, received, scalings, norms, strict=True):
+        if norm > limit:
+            shorter = shrink(whole, old, scaling, limit)
+            update = replace(update, adapter={key: shorter[key] for key in update.adapter})
+        bounded.append(update)
+    return bounded
+
+
+def _by_score(products: Tensor, f: int) -> list[int]:
+    """Places by Krum's score, best first: the sum of squared distances to the n - f - 2 nearest others.
+
+    Blanchard et al. 2017 (arXiv 1703.02757).
+    """
+    n, norms = len(products), products.diagonal()
+    squares = (norms[:, None] + norms[None, :] - 2 * products).clamp(min=0)
+    squares.fill_diagonal_(math.inf)
+    scores = squares.sort(dim=1).values[:, : n - f - 2].sum(dim=1).tolist()
+    return sorted(range(n), key=lambda i: (scores[i], i))
+
+
+def weiszfeld(products: Tensor, weights: Sequence[float]) -> list[float]:
+    """Weights, summing to 1, of the mean that is the weighted geometric median, from inner products (n, n).
+
+    Smoothed Weiszfeld: each weight is divided by the distance to the present mean, until nothing moves. Pillutla et
+    al. 2022 (arXiv 1912.13445).
+    """
+    given = torch.tensor(weights, dtype=torch.float64)
+    given = given / given.sum()
+    share = given
+    for _ in range(MOST_STEPS):
+        distances = (products.diagonal() - 2 * products @ share + share @ products @ share).clamp(min=0).sqrt()
+        floor = SMOOTHING * float(distances.median())
+        if not floor:  # the mean lies on most of them already
+            break
+        nearer = given / distances.clamp(min=floor)
+        nearer = nearer / nearer.sum()
+        still = float((nearer - share).abs().max()) < STANDSTILL
+        share = nearer
+        if still:
+            break
+    return [float(s) for s in share]
+
+
+def _towards_the_middle(updates: Sequence[Update], products: Tensor) -> list[Update]:
+    examples = [u.num_examples for u in updates]
+    shares = weiszfeld(products, examples)
+    return [replace(u, num_examples=share * sum(examples)) for u, share in zip(updates, shares, strict=True)]
+
+
+def _middle(updates: Sequence[Update], trim: int | None) -> Update:
+    """One update in place of all: each number's median, or its mean without the ``trim`` smallest and largest.
+
+    Yin et al. 2018 (arXiv 1803.01498). Every client counts once, whatever it says about its examples.
+    """
+    count, middle = len(updates), {}
+    cut = (count - 1) // 2 if trim is None else trim
+    for key in sorted(updates[0].adapter):
+        ordered = torch.stack([u.adapter[key].double() for u in updates]).sort(dim=0).values
+        middle[key] = ordered[cut : count - cut].mean(dim=0).float()
+    return replace(updates[0], adapter=middle, num_examples=sum(u.num_examples for u in updates), extra={}, metrics={})
