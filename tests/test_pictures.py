@@ -274,6 +274,11 @@ def test_clients_share_out_every_image_and_hold_some_back() -> None:
     settings = image_settings("text", holdout_fraction=0.25)
     backbone = open_backbone(settings)
     owned = [TASK.load_data(settings, backbone, Share(n, 3)) for n in range(3)]
+    few = TASK.load_data(
+        image_settings("text", holdout_fraction=0.25, partition__max_examples=2), backbone, Share(0, 3)
+    )
+    assert len(few.train) == 2 < len(owned[0].train)
+    assert len(few.holdout) == len(owned[0].holdout)
     parts = [part for data in owned for part in (data.train, data.holdout)]
     with np.load(tiny_images() / "train.npz") as arrays:
         whole = sorted(image.tobytes() for image in arrays["images"])

@@ -21,7 +21,7 @@ from fedgen_app.learning.adapters import merged
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.export import card, exported_file, load_peft, save_peft, shape_row, span, usage_of
 from fedgen_app.learning.task import Examples, Metrics, Sample, Task
-from fedgen_app.runs import report
+from fedgen_app.runs import report, signs
 from fedgen_app.runs.folder import (
     Checkpoint,
     RunFolder,
@@ -191,6 +191,7 @@ class Session:
         task, backbone = self._task, self._backbone
         self.count_skipped(self._roster, self._test)  # again: newcomers came meanwhile
         self.results["final"] = report.final(self.results)
+        self.results["signs"] = signs.signs(self.results)
         facts = self._facts()
         note = "Trained by federated averaging of LoRA adapters: the data stayed on the clients."
         final = self.results["final"]

@@ -197,7 +197,7 @@ def _split(settings: Settings, found: Pictures, clients: int) -> Partition:
 def _owners(settings: Settings, found: Pictures, clients: int) -> tuple[Array, ...]:
     key = {
         "labels": hashlib.sha256(repr((found.labels, found.captions, len(found))).encode()).hexdigest(),
-        "partition": settings.partition.model_dump(),
+        "partition": settings.partition.model_dump(exclude={"max_examples"}),  # it applies after the hold-out
         "clients": clients,
         "seed": settings.seed,
         "version": VERSION,
@@ -222,7 +222,9 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
         raise DataError("dataset = '': this client has no data of its own")
     found, encoded = _training(settings, backbone, source)
     parts = (np.arange(len(found)),) if share.folder else _owners(settings, found, share.count)
-    kept, held = own_rows(parts, share.index, share.pooled, settings.holdout_fraction, settings.seed, unit="image")
+    most = 0 if share.folder else settings.partition.max_examples
+    fraction, seed = settings.holdout_fraction, settings.seed
+    kept, held = own_rows(parts, share.index, share.pooled, fraction, seed, unit="image", most=most)
     wanted, reference = settings.metrics.personal_samples, None
     if wanted:  # of the hold-out, as all of a client's figures: an adapter has seen the others
         order = np.random.default_rng(derive(settings.seed, "reference", share.index)).permutation(held)

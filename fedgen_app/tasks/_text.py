@@ -144,7 +144,7 @@ def _owned(settings: Settings, backbone: Backbone, clients: int) -> list[np.ndar
     key = {
         "source": _source_identity(settings.dataset, "train", corpus),
         "columns": [settings.text_column, settings.label_column],
-        "partition": settings.partition.model_dump(),
+        "partition": settings.partition.model_dump(exclude={"max_examples"}),  # it applies after the hold-out
         "clients": clients,
         "seed": settings.seed,
         "version": 1,
@@ -173,7 +173,9 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
     documents = _documents(settings, backbone, source, "train")
     assert documents is not None
     parts = [np.arange(len(documents["words"]))] if share.folder else _owned(settings, backbone, share.count)
-    kept, held = own_rows(parts, share.index, share.pooled, settings.holdout_fraction, settings.seed, unit="document")
+    most = 0 if share.folder else settings.partition.max_examples
+    fraction, seed = settings.holdout_fraction, settings.seed
+    kept, held = own_rows(parts, share.index, share.pooled, fraction, seed, unit="document", most=most)
     start = start_token(backbone.processor)
     length = settings.sequence_length
     train, held_out = (pack(documents, part, length, start) for part in (kept, held))
