@@ -58,7 +58,7 @@ from fedgen_app.learning.backbone import Backbone, load_task, lora_config, open_
 from fedgen_app.learning.task import Examples, Share  # noqa: E402
 from fedgen_app.learning.training import Plan, train  # noqa: E402
 from fedgen_app.settings import Settings, defaults  # noqa: E402
-from fedgen_app.tasks import _pictures  # noqa: E402
+from fedgen_app.tasks import _sources  # noqa: E402
 from fedgen_app.tasks._sampling import generate  # noqa: E402
 
 CLASSES = ("shirt", "sneaker", "bag")
@@ -227,11 +227,11 @@ class Case:
         device, vae, encoder = self.backbone.device, self.theirs.vae, self.theirs.text_encoder
         vae.requires_grad_(False)
         encoder.requires_grad_(False)
-        found = _pictures.pictures(self.settings, self.pipeline, self.settings.dataset, "train")
+        found = _sources.pictures(self.settings, self.pipeline, self.settings.dataset, "train")
         assert found is not None
         scaled = torch.from_numpy(found.pixels[: self.images]).permute(0, 3, 1, 2).float() / 127.5 - 1
         pixels = scaled.contiguous().to(device, self.backbone.dtype)
-        prompts = list(_pictures.prompts_of(self.settings, found))[: self.images]
+        prompts = list(_sources.prompts_of(self.settings, found))[: self.images]
         tokens = self.pipeline.tokens(prompts).to(device)
 
         def prepare(indices: Tensor) -> tuple[Tensor, Tensor | None]:

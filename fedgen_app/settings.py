@@ -116,6 +116,7 @@ class PartitionSettings(Group):
     by: Literal["auto", "iid", "label", "topic"]
     alpha: Positive
     min_examples: AtLeastOne
+    max_examples: AtLeastZero
 
 
 class PersonalSettings(Group):

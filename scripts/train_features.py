@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedgen_app.data.images import load_images
-from fedgen_app.tasks._quality import SIDE, WIDTH, prepare, small_network
+from fedgen_app.tasks._features import SIDE, WIDTH, prepare, small_network
 
 THUMBNAIL = 16
 

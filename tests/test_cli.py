@@ -90,6 +90,7 @@ WRONG = {
     "partition.by": "x",
     "partition.alpha": "0",
     "partition.min-examples": "0",
+    "partition.max-examples": "-1",
     "personal.epochs": "-1",
     "personal.max-steps": "-1",
     "personal.learning-rate": "0",

@@ -53,6 +53,7 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "partition.by": ["labels"],
     "partition.alpha": [0],
     "partition.min-examples": [0],
+    "partition.max-examples": [-1],
     "personal.epochs": [-1],
     "personal.max-steps": [-1],
     "personal.learning-rate": [0],

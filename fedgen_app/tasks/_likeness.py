@@ -16,7 +16,8 @@ from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Examples, Metrics
 from fedgen_app.settings import Settings
 from fedgen_app.tasks._facts import Facts
-from fedgen_app.tasks._pictures import Reference, class_names
+from fedgen_app.tasks._pictures import Reference
+from fedgen_app.tasks._sources import class_names, training_pictures
 
 OWN = ("kid", "kid_std", "diversity", "kid_by_class")  # what a client says of its images
 Draw = Callable[[Sequence[str]], NDArray[np.uint8]]
@@ -59,7 +60,8 @@ def client_metrics(settings: Settings, backbone: Backbone, always: Sequence[str]
     plain: dict[str, tuple[str, ...]] = {name: (name,) for name in always}
     if not settings.metrics.personal_samples:
         return plain
-    classes = enumerate(class_names(settings, backbone))
+    shared = training_pictures(settings, backbone, settings.dataset) if settings.dataset else None
+    classes = enumerate(class_names(settings, cast(Facts, backbone.processor), shared))
     return (
         {name: (name,) for name in OWN[:-1]}
         | plain
@@ -84,7 +86,7 @@ def likeness(
     if not isinstance(reference, Reference):
         return {}
     try:
-        measured = _quality_of(settings, backbone.device, reference, draw, seed, told)
+        return _quality_of(settings, backbone.device, reference, draw, seed, told)
     # SettingsError: the server's file of weights is not on this device.
     except (MetricError, SettingsError) as error:
         if not reference.own:
@@ -92,28 +94,39 @@ def likeness(
         # Too few images, or no extractor on this device: no reason to go without a personal adapter.
         log.warning("KID is not measured: %s", error)
         return {}
-    return {name: measured[name] for name in OWN if name in measured} if reference.own else measured
 
 
 def _quality_of(
     settings: Settings, device: torch.device, real: Reference, draw: Draw, seed: int, told: bool
 ) -> Metrics:
     try:
-        from fedgen_app.tasks import _quality
+        from fedgen_app.tasks import _features, _quality
     except ModuleNotFoundError as error:
         raise MetricError(f"metrics.samples needs {error.name}: pip install 'fedgen-edge[sim]'") from None
 
-    images = draw(real.prompts)
-    extractor = _extractor(settings, device, real.own)
-    drawn, there = _quality.extract(extractor, images), _quality.reference(extractor, real.pixels)
-    found: Metrics = {**_quality.compare(drawn, there, seed), "samples": len(images), "features": extractor.name}
-    if len(real.others) == len(real.pixels):
-        floor = _quality.compare(_quality.reference(extractor, real.others), there, seed)
-        found |= {"fid_floor": floor["fid"], "kid_floor": floor["kid"]}
+    images, extractor = draw(real.prompts), _extractor(settings, device, real.own)
+    drawn = _features.extract(extractor, images)
+    found: Metrics
+    if real.own:
+        there = _features.reference(extractor, real.pixels)
+        found = dict(_quality.kid(drawn, there, seed))
+    else:
+        known = _known(extractor, real, seed)
+        there = known.features
+        found = {**_quality.compare(drawn, known, seed), "samples": len(images), "features": extractor.name}
+        found |= {f"{name}_floor": known.floor[name] for name in ("fid", "kid") if known.floor}
     found["diversity"] = _quality.diversity(drawn, there)
     if real.labels and told:
         found["kid_by_class"] = _quality.per_class(drawn, real.labels, there, real.labels, seed)
     return found
+
+
+@functools.lru_cache(maxsize=1)
+def _known(extractor: Any, real: Reference, seed: int) -> Any:
+    """What is known of the server's real images, for as long as the process lives."""
+    from fedgen_app.tasks import _quality
+
+    return _quality.real_side(extractor, real.pixels, real.others, seed)
 
 
 def _extractor(settings: Settings, device: torch.device, own: bool) -> Any:
@@ -123,23 +136,23 @@ def _extractor(settings: Settings, device: torch.device, own: bool) -> Any:
     one with a warning: the metrics' ``features`` says which it was. Not on a client (``own``): its KID goes into a
     mean with the others', and a mean over two extractors says nothing.
     """
-    from fedgen_app.tasks import _quality
+    from fedgen_app.tasks import _features
 
     wanted = settings.metrics.features
     if wanted != "auto":
-        return _quality.open_extractor(wanted, device)
+        return _features.open_extractor(wanted, device)
     if settings.dataset == "bundled":
-        return _quality.open_extractor("bundled", device)
-    return _quality.open_extractor("inception", device) if own else _inception_or_bundled(device)
+        return _features.open_extractor("bundled", device)
+    return _features.open_extractor("inception", device) if own else _inception_or_bundled(device)
 
 
 @functools.lru_cache(maxsize=1)
 def _inception_or_bundled(device: torch.device) -> Any:
     """One of them for as long as the process lives: the rounds of a run are compared with each other."""
-    from fedgen_app.tasks import _quality
+    from fedgen_app.tasks import _features
 
     try:
-        return _quality.open_extractor("inception", device)
+        return _features.open_extractor("inception", device)
     except MetricError as error:
         log.warning("%s; measured with the bundled extractor instead", error)
-        return _quality.open_extractor("bundled", device)
+        return _features.open_extractor("bundled", device)

@@ -20,7 +20,8 @@ from fedgen_app.tasks import _grid, _small
 from fedgen_app.tasks._adversarial import Adversarial, train
 from fedgen_app.tasks._likeness import check, client_metrics, likeness
 from fedgen_app.tasks._networks import GAN
-from fedgen_app.tasks._pictures import load_data, load_test, prompts, split
+from fedgen_app.tasks._pictures import load_data, load_test, split
+from fedgen_app.tasks._sources import prompts
 
 DIRECTIONS = 256  # of the sliced Wasserstein distance
 LEAST_DRAWN = 512  # images against which a small hold-out is measured

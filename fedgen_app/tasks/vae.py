@@ -19,7 +19,8 @@ from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid, _small
 from fedgen_app.tasks._likeness import check, client_metrics, likeness
 from fedgen_app.tasks._networks import VAE
-from fedgen_app.tasks._pictures import load_data, load_test, prompts, split
+from fedgen_app.tasks._pictures import load_data, load_test, split
+from fedgen_app.tasks._sources import prompts
 
 LEAST_LOG_SCALE = -7.0  # as PixelCNN++ has it: a likelihood of one value alone would be unbounded in training
 LEAST_DRAWS = 512  # of latents in an evaluation: a small hold-out is measured several times over
