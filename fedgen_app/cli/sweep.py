@@ -22,7 +22,7 @@ from fedgen_app.settings import defaults, read_toml
 from fedgen_app.sweeps import plan, records, runner, spec
 from fedgen_app.sweeps.board import Board
 
-JobsOption = Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: half the cores, one on a GPU.")]
+JobsOption = Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per core, one on a GPU.")]
 
 
 def sweep(

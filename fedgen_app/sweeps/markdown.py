@@ -206,7 +206,7 @@ def table_of(sweep: Sweep, part: Sequence[Row]) -> list[str]:
 
 
 def _best(part: Sequence[Row], name: str) -> int | None:
-    racing = {id(row): row.spread(name) for row in part if row.point.get("method") not in BOUNDS}
+    racing = {id(row): row.spread(name) for row in part if row.records[0].run.settings["method"] not in BOUNDS}
     return best_of({row: found for row, found in racing.items() if found is not None})
 
 

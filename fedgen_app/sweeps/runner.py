@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fedgen_app.engines.keeper import last_lines
 from fedgen_app.errors import RunError, SettingsError
 from fedgen_app.files import to_json, write_atomic
@@ -22,6 +24,7 @@ from fedgen_app.sweeps.spec import PREPARED, Step
 TICK = 0.2  # seconds between two looks at the runs
 NOT_COMPARED = ("output-dir", "resume-from", "resume-round")
 KILLED = -9
+MEMORY = 4 * 10**9  # bytes of one run: 1 to 2 GB with the bundled models, 3 to 4 with one of 135 million parameters
 
 Show = Callable[[str, Mapping[str, Any]], None]
 
@@ -180,10 +183,10 @@ def _ended(one: _Working, output: Path, failed: dict[str, str], show: Show) -> b
 
 
 def default_jobs(cores: int, runs: Sequence[Run]) -> int:
-    """Half as many runs at a time as there are cores; one where they would share a GPU."""
+    """One run per core as far as the free memory goes; one alone where they would share a GPU."""
     if any(run.settings["device"] != "cpu" for run in runs):
         import torch
 
         if torch.cuda.is_available():
             return 1
-    return max(1, cores // 2)
+    return max(1, min(cores, psutil.virtual_memory().available // MEMORY))
