@@ -31,6 +31,7 @@ def roll_call(message: Message, context: Context) -> Message:
         "rank": me.rank_for(backbone),
         "fingerprint": backbone.fingerprint,
         "simulated-clients": me.simulated,
+        "skipped": data.skipped,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }
@@ -82,5 +83,6 @@ def personalise(message: Message, context: Context) -> Message:
         work.keep_personal(own, measured)
 
     metrics: dict[str, int | float] = {wire.NUM_EXAMPLES: len(work.data.train)}
-    metrics |= {f"{state}.{name}": value for state, found in measured.items() for name, value in found.items()}
+    for state, found in measured.items():
+        metrics |= wire.figures(state, found, work.data.classes)
     return Message(wire.reply(work.order.number, metrics), reply_to=message)

@@ -27,7 +27,7 @@ def main(grid: Grid, context: Context) -> None:
         task, method = load_task(settings.task), check_method(settings)
         backbone = open_backbone(settings, weights=method.weights)
         test = task.load_test(settings, backbone) if settings.evaluate_every else None
-        run.begin(task, method, backbone)
+        run.begin(task, method, backbone, test)
 
         def evaluate(number: int, arrays: ArrayRecord) -> Metrics | None:
             if test is None or not method.has_global:
@@ -43,6 +43,7 @@ def main(grid: Grid, context: Context) -> None:
         roster = Roster(backbone.fingerprint, settings.expected_clients, settings.round.roll_call, run.event)
         roster.call(grid)
         run.plot_ownership(roster)
+        run.count_skipped(roster, test)
 
         strategy = FedLora(
             settings=settings,
@@ -58,5 +59,5 @@ def main(grid: Grid, context: Context) -> None:
         )
         strategy.start(grid, evaluate_fn=evaluate)
         if settings.personal.epochs or (settings.evaluate_every and (test is None or not method.has_global)):
-            run.keep_personal(*strategy.personalise(grid))
+            run.keep_personal(*strategy.personalise(grid, task.client_metrics(settings, backbone)))
         run.finish(strategy.state)

@@ -12,8 +12,8 @@ weights, held in the same type, on the same images in batches of the same size, 
   which encodes images and prompts in every step. Ours reads the caches; what it costs to fill them is printed apart.
 - Sampling: ``tasks.diffusion.generate`` beside the pipelines' own call, with DDIM and the adapter in place.
 
-How many operations the autoencoder, the text encoder and the UNet take is counted and printed as well, beside Stable
-Diffusion 1.x at 512 pixels: the gain of the caches hangs on that relation.
+How many operations the autoencoder, the text encoder and a training step of the UNet take is counted and printed as
+well, beside Stable Diffusion 1.x at 512 pixels: the gain of the caches hangs on that relation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,14 @@ from fedgen_app.learning.backbone import Backbone, load_task, lora_config, open_
 from fedgen_app.learning.task import Examples, Share  # noqa: E402
 from fedgen_app.learning.training import Plan, train  # noqa: E402
 from fedgen_app.settings import Settings, defaults  # noqa: E402
-from fedgen_app.tasks import _pictures  # noqa: E402
-from fedgen_app.tasks.diffusion import generate  # noqa: E402
+from fedgen_app.tasks import _sources  # noqa: E402
+from fedgen_app.tasks._sampling import generate  # noqa: E402
 
 CLASSES = ("shirt", "sneaker", "bag")
 GUIDANCE = 2.0
-LATENT_PIXELS = 64  # side of the latent model's images
+# Side of the latent model's images. At a quarter of the widths, the parts of a step have here the proportions that
+# those of Stable Diffusion have at 512 (the last table counts them): a text encoder's work does not shrink with images.
+LATENT_PIXELS = 256
 Turn = Callable[[], object]
 
 
@@ -95,19 +97,19 @@ def make_unconditional(folder: Path) -> Path:
 
 
 def make_latent(folder: Path) -> Path:
-    """Stable Diffusion 1.x with a quarter of its width, and a text encoder of two layers."""
+    """Stable Diffusion 1.x with all its layers and a quarter of all widths: UNet, autoencoder and text encoder."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(fedgen_assets.path("language"))
     tokenizer.model_max_length = 77
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    width = 64
+    width = 768 // 4
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=4 * width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
+            num_hidden_layers=12,
+            num_attention_heads=width // 64,
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
@@ -227,11 +229,11 @@ class Case:
         device, vae, encoder = self.backbone.device, self.theirs.vae, self.theirs.text_encoder
         vae.requires_grad_(False)
         encoder.requires_grad_(False)
-        found = _pictures.pictures(self.settings, self.pipeline, self.settings.dataset, "train")
+        found = _sources.pictures(self.settings, self.pipeline, self.settings.dataset, "train")
         assert found is not None
         scaled = torch.from_numpy(found.pixels[: self.images]).permute(0, 3, 1, 2).float() / 127.5 - 1
         pixels = scaled.contiguous().to(device, self.backbone.dtype)
-        prompts = list(_pictures.prompts_of(self.settings, found))[: self.images]
+        prompts = list(_sources.prompts_of(self.settings, found))[: self.images]
         tokens = self.pipeline.tokens(prompts).to(device)
 
         def prepare(indices: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -286,29 +288,35 @@ def row(name: str, other: str, ours: list[float], theirs: list[float], goal: str
     return [name, other, f"{middle:.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}", f"{1 / middle:.2f}", goal]
 
 
-def counted(unet: nn.Module, vae: AutoencoderKL, text: nn.Module, side: int) -> dict[str, float]:
-    """Operations per image of one forward pass, in units of the UNet's; nothing is computed (meta tensors)."""
-    width = int(unet.config.cross_attention_dim)
-    latent = torch.zeros(1, 4, side // 8, side // 8, device="meta")
-    hidden = torch.zeros(1, 77, width, device="meta")
-    passes: Mapping[str, Turn] = {
-        "UNet": lambda: unet(latent, torch.zeros(1, device="meta"), hidden),
-        "autoencoder": lambda: vae.encoder(torch.zeros(1, 3, side, side, device="meta")),
-        "text encoder": lambda: text(torch.zeros(1, 77, dtype=torch.long, device="meta")),
-    }
-    found = {}
-    for name, forward in passes.items():
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            forward()
-        found[name] = float(counter.get_total_flops())
-    return {name: count / found["UNet"] for name, count in found.items()}
+def counted(unet: nn.Module, vae: AutoencoderKL, text: nn.Module, side: int) -> list[float]:
+    """Operations per image: UNet forward, UNet in a LoRA step, autoencoder's encoder, text encoder.
+
+    A multiplication and its addition are two. Nothing is computed (meta tensors).
+    """
+    places = (torch.zeros(1, 4, side // 8, side // 8, device="meta"), torch.zeros(1, device="meta"))
+    hidden = torch.zeros(1, 77, int(unet.config.cross_attention_dim), device="meta")
+    with torch.device("meta"):
+        settings = Settings.from_run_config(defaults(ROOT) | {"task": "diffusion"})
+        learning = get_peft_model(unet.requires_grad_(False), lora_config(unet, load_task("diffusion"), settings.lora))
+    passes: list[Turn] = [
+        torch.no_grad()(lambda: learning(*places, hidden)),
+        lambda: learning(*places, hidden).sample.sum().backward(),
+        torch.no_grad()(lambda: vae.encoder(torch.zeros(1, 3, side, side, device="meta"))),
+        torch.no_grad()(lambda: text(torch.zeros(1, 77, dtype=torch.long, device="meta"))),
+    ]
+    found = []
+    for work in passes:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        found.append(float(counter.get_total_flops()))
+    return found
 
 
 def relations(folder: Path) -> list[list[str]]:
-    """Rows of what the frozen parts cost beside the UNet, here and in Stable Diffusion 1.x."""
+    """Rows of what the parts of a step cost, here and in Stable Diffusion 1.x."""
     with torch.device("meta"):
         parts = {
-            "the model built here": (
+            f"a quarter of it, {LATENT_PIXELS} px: the model built here": (
                 UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
                 AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
                 CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
@@ -325,10 +333,14 @@ def relations(folder: Path) -> list[list[str]]:
                 512,
             ),
         }
-    rows = [["model", "UNet", "autoencoder's encoder", "text encoder"]]
+    parts_of_a_step = ["UNet, forward", "UNet, a LoRA step", "autoencoder's encoder", "text encoder"]
+    rows = [["model", *parts_of_a_step, "encoders / LoRA step", "what caches can gain at most"]]
     for name, (unet, vae, text, side) in parts.items():
         found = counted(unet, vae, text, side)
-        rows.append([name, "1", f"{found['autoencoder']:.2f}", f"{found['text encoder']:.3f}"])
+        share = (found[2] + found[3]) / found[1]
+        rows.append(
+            [name, *(f"{count / 1e9:.1f}" for count in found), f"{share:.2f}", f"{1 + share:.2f} times as fast"]
+        )
     return rows
 
 
@@ -380,7 +392,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> str:
         "writing the files included.\n"
     )
     result += show(f"Sampling, {turns} turns of a batch, DDIM, {args.steps} steps, guidance {GUIDANCE:g}", sampling)
-    result += show("Operations of a forward pass per image, the UNet's as 1", relations(folder))
+    result += show("Operations per image, in thousand millions", relations(folder))
     return result
 
 

@@ -246,12 +246,26 @@ class DiffusionSettings(Group):
         return value
 
 
+class GanSettings(Group):
+    """``gan.*``: how a generator and a discriminator learn."""
+
+    r1: NotNegative
+
+
 class MetricSettings(Group):
     """``metrics.*``: how generated images are measured."""
 
     samples: AtLeastZero
     personal_samples: AtLeastZero
     features: Annotated[str, Field(min_length=1)]
+    classes: Names
+
+    @field_validator("classes")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise PydanticCustomError("classes", "should name each class once")
+        return value
 
 
 class Settings(Group):
@@ -297,6 +311,7 @@ class Settings(Group):
     wire: WireSettings
     samples: SampleSettings
     diffusion: DiffusionSettings
+    gan: GanSettings
     metrics: MetricSettings
     aggregation: AggregationSettings
     fedprox: FedProxSettings

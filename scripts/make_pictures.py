@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgen_app.data.images import Pictures, load_images
+from fedgen_app.data.decoding import Pictures
+from fedgen_app.data.images import load_images
 
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SIDE = 28

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedgen_app.errors import DataError, PolicyError
 from fedgen_app.federation import wire
-from fedgen_app.federation.admission import Expected, Rejected, cap_weights, check, comparable, personal_metrics
+from fedgen_app.federation.admission import Expected, Rejected, cap_examples, cap_weights, check, personal_metrics
 from fedgen_app.federation.aggregation import change_norm, mean_of_factors
 from fedgen_app.federation.method import Lora, Update
 from fedgen_app.learning.adapters import Adapter, digest_of, layout_of
@@ -221,6 +221,7 @@ def test_weights_within_the_cap_or_without_one_stay() -> None:
     assert cap_weights([], 10) == []
 
 
+STATES = ("frozen", "global", "personal")
 PERSONAL = {
     wire.NUM_EXAMPLES: 12,
     "frozen.word_perplexity": 90.0,
@@ -229,9 +230,17 @@ PERSONAL = {
 }
 
 
+NAMES_OF: dict[str, tuple[str, ...]] = {
+    "word_perplexity": ("word_perplexity",),
+    "kid": ("kid",),
+    "kid_by_class_0": ("kid_by_class", "bag"),
+    "kid_by_class_1": ("kid_by_class", "coat"),
+}
+
+
 def personal_reason(answer: RecordDict | Error | None) -> str:
     with pytest.raises(Rejected) as caught:
-        personal_metrics(None if answer is None else message(answer), NUMBER)
+        personal_metrics(None if answer is None else message(answer), NUMBER, NAMES_OF)
     return caught.value.reason
 
 
@@ -241,7 +250,7 @@ def changed(changes: dict[str, Any]) -> RecordDict:
 
 
 def test_personal_metrics_are_sorted_into_their_states() -> None:
-    assert personal_metrics(message(wire.reply(NUMBER, PERSONAL)), NUMBER) == {
+    assert personal_metrics(message(wire.reply(NUMBER, PERSONAL)), NUMBER, NAMES_OF) == {
         "examples": 12,
         "frozen": {"word_perplexity": 90.0},
         "global": {"word_perplexity": 60.0},
@@ -268,7 +277,16 @@ def test_personal_metrics_are_sorted_into_their_states() -> None:
         ("metrics", changed({"global.more": 1.0})),
         ("metrics", changed({"secret.word_perplexity": 1.0})),
         ("metrics", changed({"word_perplexity": 1.0})),
-        ("metrics", changed({f"{state}.a text with spaces": 1.0 for state in ("frozen", "global", "personal")})),
+        ("metrics", changed({f"{state}.a text with spaces": 1.0 for state in STATES})),
+        # A good name, but not one that this task's clients may send: a name can be a message too.
+        ("metrics", changed({f"{state}.bits_per_byte": 1.0 for state in STATES})),
+        ("metrics", changed({f"{state}.kid_by_class_2": 1.0 for state in STATES})),
+        ("metrics", changed({f"{state}.kid_by_class": 1.0 for state in STATES})),
+        ("metrics", changed({f"{state}.kid_by_class_bag": 1.0 for state in STATES})),
+        (
+            "metrics",
+            changed({"frozen.kid_by_class_0": 1.0, "global.kid_by_class_0": 1.0, "personal.kid_by_class_1": 1.0}),
+        ),
         ("metrics", wire.reply(NUMBER, {wire.NUM_EXAMPLES: 12})),
     ],
 )
@@ -312,7 +330,7 @@ def test_whatever_comes_it_is_an_update_or_rejected(parts: dict[str, Any], actio
         assert layout_of(update.adapter) == LAYOUT
         assert change_norm(update.adapter, REFERENCE, LORA.scaling) <= 1000
     try:
-        assert personal_metrics(answer, NUMBER)["examples"] > 0
+        assert personal_metrics(answer, NUMBER, NAMES_OF)["examples"] > 0
     except Rejected as rejection:
         assert rejection.reason
 
@@ -329,19 +347,21 @@ def entry(client: int | str, examples: int = 10, *names: str) -> dict[str, Any]:
     return {"client": client, "examples": examples, "frozen": measured, "global": measured, "personal": measured}
 
 
-def test_only_what_most_clients_measured_is_compared() -> None:
-    entries = [entry("a", 5, "zzz"), entry(1), entry(2), entry("b", 5, "loss", "more")]
-    kept, others = comparable(entries, 10)
-    assert kept == [entry(1), entry(2)] and others == ["a", "b"]
-    assert comparable([], 10) == ([], [])
-
-
 def test_examples_of_personal_entries_are_capped_as_weights_are() -> None:
     entries = [entry(1, 1), entry(2, 2**53)]
-    kept, others = comparable(entries, 10)
-    assert [e["examples"] for e in kept] == [1, 10] and others == []
+    assert [e["examples"] for e in cap_examples(entries, 10)] == [1, 10]
     assert entries[1]["examples"] == 2**53, "the entry that was given is changed"
-    assert [e["examples"] for e in comparable(entries, 0)[0]] == [1, 2**53]
-    # What a client with other metrics claims says nothing about the cap.
-    kept, others = comparable([*entries, entry(3, 2**53, "zzz")], 10)
-    assert [e["examples"] for e in kept] == [1, 10] and others == [3]
+    assert [e["examples"] for e in cap_examples(entries, 0)] == [1, 2**53]
+    assert cap_examples([], 10) == []
+
+
+def test_figures_by_class_travel_under_numbers_and_come_back_under_names() -> None:
+    measured = {"word_perplexity": 3.0, "kid_by_class": {"coat": 0.25, "secret": 9.0}}
+    sent: dict[str, Any] = {wire.NUM_EXAMPLES: 12}
+    for state in STATES:
+        sent |= wire.figures(state, measured, ("bag", "coat"))
+    assert "secret" not in str(sent) and 9.0 not in sent.values()
+    assert personal_metrics(message(wire.reply(NUMBER, sent)), NUMBER, NAMES_OF) == {
+        "examples": 12,
+        **dict.fromkeys(STATES, {"word_perplexity": 3.0, "kid_by_class": {"coat": 0.25}}),
+    }

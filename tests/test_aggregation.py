@@ -5,21 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 
 from fedgen_app.federation.aggregation import change_norm, mean_of_factors, shrink
 from fedgen_app.federation.method import GlobalState, Lora, Round, Update, weighted_mean
 from fedgen_app.learning.adapters import Adapter, digest
 from fedgen_app.settings import AdmissionSettings, Settings, defaults
 
-SETTINGS = Settings.from_run_config(defaults(ROOT))
-
 RANK, ALPHA = 3, 7.5
+LORA = Lora(RANK, ALPHA)
 SCALING = ALPHA / RANK
+SETTINGS = Settings.from_run_config(defaults(Path(__file__).resolve().parents[1]))
 LAYERS = {"q_proj": (6, 5), "v_proj": (4, 5)}
 CONV = "conv_in"
 
@@ -91,7 +91,7 @@ def test_what_has_no_mean_is_refused(adapters: Sequence[Adapter], weights: Seque
 
 def test_replies_in_any_order_give_the_same_bits_once_they_stand_in_client_order() -> None:
     updates = [Update(client, adapter(client), RANK, 10.0 ** (client - 1)) for client in range(4)]
-    round_ = Round(1, Lora(RANK, ALPHA), 0, SETTINGS)
+    round_ = Round(1, LORA, 0, SETTINGS)
     start = GlobalState(adapter(9))
     results = {
         digest(weighted_mean(start, sorted(order, key=lambda u: u.client), round_).adapter)
@@ -104,7 +104,7 @@ def test_the_rule_keeps_what_nobody_shared() -> None:
     start = GlobalState(adapter(9), {"r": torch.ones(1)}, {"e": torch.ones(2)})
     only = "q_proj.lora_B.weight"
     updates = [Update(i, {only: adapter(i)[only]}, RANK, i + 1.0) for i in range(2)]
-    after = weighted_mean(start, updates, Round(1, Lora(RANK, ALPHA), 0, SETTINGS))
+    after = weighted_mean(start, updates, Round(1, LORA, 0, SETTINGS))
     assert after.residual is start.residual and after.extra is start.extra
     torch.testing.assert_close(after.adapter[only], (adapter(0)[only] + 2 * adapter(1)[only]) / 3)
     for key in set(start.adapter) - {only}:
@@ -124,6 +124,33 @@ def test_change_norm_sees_the_product_and_not_the_factors() -> None:
     assert change_norm(turned, old, SCALING) == pytest.approx(0, abs=1e-6)
     zero = {key: tensor * (".lora_A." in key) for key, tensor in old.items()}
     assert change_norm(zero, zero | {}, SCALING) == 0
+
+
+def test_change_norm_takes_other_ranks_and_scalings() -> None:
+    old, new, turned = adapter(1), {}, np.linalg.qr(np.random.default_rng(0).normal(size=(RANK, RANK)))[0]
+    for key, tensor in adapter(2).items():  # two of the three directions, at another scaling
+        new[key] = tensor[:2] if ".lora_A." in key else tensor[:, :2]
+    square = 0.0
+    for name in (*LAYERS, CONV):
+        a, b = (new[f"{name}.lora_{x}.weight"].double().numpy() for x in "AB")
+        square += ((1.7 * b.reshape(len(b), -1) @ a.reshape(2, -1) - dense(old, name)) ** 2).sum()
+    assert change_norm(new, old, 1.7, SCALING) == pytest.approx(math.sqrt(square), rel=1e-9)
+    # The same product at half the scaling, in a turned basis: no change.
+    same = {}
+    for name in (*LAYERS, CONV):
+        key_a, key_b = (f"{name}.lora_{x}.weight" for x in "AB")
+        a, b = (old[key].double().numpy().reshape(shape) for key, shape in ((key_a, (RANK, -1)), (key_b, (-1, RANK))))
+        same[key_a] = torch.tensor(turned.T @ a).float().reshape(old[key_a].shape)
+        same[key_b] = torch.tensor(2 * b @ turned).float().reshape(old[key_b].shape)
+    assert change_norm(same, old, SCALING / 2, SCALING) < 1e-5 * change_norm(old, adapter(2), SCALING)
+
+
+def test_a_tensor_that_is_no_factor_changes_by_its_difference() -> None:
+    old, new = {"weight": torch.tensor([1.0, 2.0])}, {"weight": torch.tensor([4.0, 6.0])}
+    assert change_norm(new, old, 9.0) == pytest.approx(5.0)
+    assert shrink(new, old, 9.0, 1.0)["weight"].tolist() == pytest.approx([1.6, 2.8])
+    both = change_norm(adapter(2) | new, adapter(1) | old, SCALING)
+    assert both == pytest.approx(math.hypot(5.0, dense_norm(adapter(2), adapter(1))), rel=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.3, 1e-3])

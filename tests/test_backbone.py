@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,55 @@ def test_the_fingerprint_sees_one_changed_weight_name_shape_and_type(tmp_path: P
         save_file(changed, folder / "model.safetensors")
         seen.add(fingerprint(folder, files(folder)))
     assert len(seen) == 5
+
+
+def marked(folder: Path) -> str:
+    task = load_task("language")
+    return fingerprint(folder, task.weight_files(folder), task.config(folder))
+
+
+def test_the_fingerprint_is_of_configuration_and_tokenizer_too(tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_model(), folder)
+    whole = marked(tiny_model())
+    assert open_backbone(tiny_settings()).fingerprint == whole == marked(folder)
+    # What says nothing of what is computed, and what the hub's copy may lack.
+    for name, notes in (
+        ("config.json", {"_name_or_path": "/elsewhere", "transformers_version": "1", "dtype": "float16"}),
+        ("tokenizer_config.json", {"name_or_path": "/elsewhere", "chat_template": "{{ messages }}"}),
+    ):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | notes, indent=5))
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "notes.txt").write_text("nobody reads this")
+    assert marked(folder) == whole
+    for name, changes in (
+        ("config.json", {"rope_theta": 5.0}),
+        ("tokenizer_config.json", {"eos_token": "the"}),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
+    ):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_text(json.dumps(json.loads(kept) | changes))
+        assert marked(folder) != whole, name
+        (folder / name).write_bytes(kept)
+    (folder / "config.json").write_text("{half")
+    with pytest.raises(BackboneError, match="config.json: damaged"):
+        marked(folder)
+
+
+def test_a_token_of_the_same_name_is_no_note(tmp_path: Path) -> None:
+    for folder, token in (("one", "dtype"), ("other", "kind")):
+        shutil.copytree(tiny_model(), tmp_path / folder)
+        (tmp_path / folder / "vocab.json").write_text(json.dumps({"a": 0, token: 1}))
+    assert marked(tmp_path / "one") != marked(tmp_path / "other")
+
+
+def test_the_card_loads_the_revision_that_was_trained_on() -> None:
+    settings, task = tiny_settings(), load_task("language")
+    opened = open_backbone(settings)
+    plain = "\n".join(task.usage(settings, opened))
+    assert "revision" not in plain
+    dated = "\n".join(task.usage(settings, replace(opened, reference="owner/model", revision="v1.2")))
+    assert "AutoModelForCausalLM.from_pretrained('owner/model', revision='v1.2')" in dated
 
 
 def test_damaged_weights_are_named(tmp_path: Path) -> None:
@@ -128,7 +179,7 @@ def test_what_a_backbone_says_of_itself() -> None:
     opened = open_backbone(tiny_settings())
     count = sum(t.numel() for t in weights(tiny_model()).values())  # tied weights stand there once
     assert opened.parameters == count and opened.full_bytes == 4 * count
-    assert opened.fingerprint == fingerprint(tiny_model(), files(tiny_model()))
+    assert opened.fingerprint == marked(tiny_model())
     assert opened.reference == str(tiny_model()) and opened.name == "tiny-llama"
     trainable = {n for n, p in opened.model.named_parameters() if p.requires_grad}
     assert trainable and all(".lora_" in n for n in trainable)

@@ -136,6 +136,7 @@ WRONG = {
     "metrics.samples": "-1",
     "metrics.personal-samples": "-1",
     "metrics.features": "/no/such/weights",
+    "metrics.classes": "bag,coat,bag",
     # Checked against this machine.
     "dataset": "/no/such/place",
     "lora.init": "/no/such/adapter",
@@ -335,6 +336,7 @@ def test_generate_takes_prompt_count_seed_length_and_output(folder: Path, tmp_pa
         (["--cluster", "/etc"], "--cluster /etc: should be an id"),
         (["--client", "0", "--frozen"], "exclude each other"),
         (["--count", "0"], "0 is not in the range"),
+        (["--steps", "5"], "--steps 5: means nothing to the backbone of this language run; use --length, --prompt"),
     ],
 )
 def test_generate_refuses(folder: Path, options: list[str], message: str) -> None:

@@ -27,17 +27,20 @@ from pipelines import CLASSES, MAKERS, image_settings, loud, tiny_pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedgen_app.errors import BackboneError, SettingsError
+from fedgen_app.errors import BackboneError, CheckpointError, SettingsError
 from fedgen_app.federation.aggregation import change_norm
 from fedgen_app.learning import adapters, training
 from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.learning.export import card, save_peft
 from fedgen_app.learning.task import Examples
 from fedgen_app.settings import SampleSettings
-from fedgen_app.tasks import diffusion
+from fedgen_app.tasks import _likeness, _measure, _objective
+from fedgen_app.tasks._denoiser import predict
+from fedgen_app.tasks._objective import denoising_loss
 from fedgen_app.tasks._pictures import Reference
 from fedgen_app.tasks._pipeline import Pipeline
-from fedgen_app.tasks.diffusion import TASK, denoising_loss, generate, predict
+from fedgen_app.tasks._sampling import generate, pass_seconds
+from fedgen_app.tasks.diffusion import TASK
 
 STEPS = 100  # of the tiny pipelines' schedules
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -132,9 +135,9 @@ def test_latents_are_drawn_anew_from_the_same_moments() -> None:
     batch = batch_of(backbone)
     moments = batch["moments"]
     noise = torch.Generator().manual_seed(0)
-    one, other = (diffusion._clean(told(backbone), batch, noise) for _ in range(2))
+    one, other = (_objective._clean(told(backbone), batch, noise) for _ in range(2))
     assert not torch.equal(one, other)
-    many = torch.stack([diffusion._clean(told(backbone), batch, noise) for _ in range(400)]) / 0.5  # scaling_factor
+    many = torch.stack([_objective._clean(told(backbone), batch, noise) for _ in range(400)]) / 0.5  # scaling_factor
     assert torch.allclose(many.mean(0), moments[:, :4], atol=0.4 * float(many.std(0).max()))
     assert float(many.std(0).mean()) == pytest.approx(float((0.5 * moments[:, 4:]).exp().mean()), rel=0.02)
 
@@ -145,7 +148,7 @@ def test_a_schedule_that_ends_in_pure_noise_gives_no_nan(gamma: float, sampler: 
     backbone = loud(rescheduled(tmp_path, "text", "zero terminal"))
     assert float(told(backbone).noise.alphas_cumprod[-1]) == 0
     last = torch.full((1,), STEPS - 1)
-    assert torch.isfinite(diffusion._weights(told(backbone), last, 5.0)).all()
+    assert torch.isfinite(_objective._weights(told(backbone), last, 5.0)).all()
     batch = batch_of(backbone)
     assert all(math.isfinite(loss_of(backbone, batch, seed, diffusion__min_snr=gamma)) for seed in range(10))
     images = generate(backbone, ["a photo of a disc"] * 3, 0, options(sampler=sampler, steps=5))
@@ -157,7 +160,7 @@ def test_the_measured_loss_counts_every_row_and_every_timestep_equally() -> None
     batch = batch_of(backbone, 6)
     shared, seen = {"hidden": batch["hidden"]}, []
     examples = Examples({k: v for k, v in batch.items() if k not in shared}, {}, shared)
-    plain = diffusion._errors
+    plain = _objective._errors
 
     def watched(*arguments: Any) -> Tensor:
         errors = plain(*arguments)
@@ -167,11 +170,11 @@ def test_the_measured_loss_counts_every_row_and_every_timestep_equally() -> None
         return errors
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion, "_errors", watched)
+        patch.setattr(_objective, "_errors", watched)
         measured = denoising_loss(backbone, examples, 5)
     assert measured == pytest.approx(sum(error for _, _, error in seen) / len(seen), rel=1e-6)
     rows = [row for row, _, _ in seen]
-    assert len(seen) >= diffusion.LEAST_DRAWS and {rows.count(row) for row in set(rows)} == {len(seen) // 6}
+    assert len(seen) >= _objective.LEAST_DRAWS and {rows.count(row) for row in set(rows)} == {len(seen) // 6}
     steps = [step for _, step, _ in seen]
     often = [steps.count(step) for step in range(STEPS)]
     assert max(often) - min(often) <= 1
@@ -382,12 +385,13 @@ def test_a_client_without_images_enough_is_measured_by_its_loss_alone(caplog: py
     assert "need four images" in caplog.text
 
 
+def out_of_reach(*_: object, **__: object) -> None:
+    raise OSError("no net")
+
+
 def test_clients_without_the_servers_extractor_do_not_take_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def out_of_reach(*_: object, **__: object) -> None:
-        raise OSError("no net")
-
     monkeypatch.setattr(torch.hub, "download_url_to_file", out_of_reach)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     backbone = loud("text")
@@ -397,6 +401,55 @@ def test_clients_without_the_servers_extractor_do_not_take_another(
     for features in ("auto", str(tmp_path / "only-on-the-server.pth")):
         settings = image_settings("text", metrics__features=features)
         assert set(TASK.evaluate(settings, backbone, own, 0)) == {"denoising_loss"}
+
+
+def test_extractors_that_vanished_are_noticed_before_a_client_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", out_of_reach)
+    _likeness._inception_or_bundled.cache_clear()
+    settings, backbone = image_settings("text", metrics__features="auto"), loud("text")
+    test = TASK.load_test(settings, backbone)
+    TASK.check(settings, backbone, test, None)
+    TASK.check(settings, backbone, test, {"features": "fedgen-small-32", "fid": 1.0})
+    with pytest.raises(CheckpointError, match="measured with inception-v3-2015-12-05, .* gives fedgen-small-32"):
+        TASK.check(settings, backbone, test, {"features": "inception-v3-2015-12-05", "fid": 1.0})
+
+
+def test_measuring_that_takes_long_is_warned_of(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    settings, backbone = image_settings("text", num_server_rounds=5, evaluate_every=2), loud("text")
+    test = TASK.load_test(settings, backbone)
+    TASK.check(settings, backbone, test, None)
+    assert "measuring takes" not in caplog.text, "a second or two is not worth a line"
+    one = pass_seconds(backbone, "a photo of a disc", settings.samples, 16)
+    assert 0 < one < 5
+    monkeypatch.setattr(_measure, "pass_seconds", lambda *_: 60.0)
+    TASK.check(settings, backbone, test, None)
+    # 12 images of 3 steps, a minute each; the frozen backbone and rounds 2, 4 and 5.
+    assert "up to 36 min each time and 2.4 h in the whole run: 12 images of 3 steps, 4 times" in caplog.text
+    monkeypatch.setattr(_measure, "pass_seconds", None)  # where nothing is drawn, nothing is timed
+    TASK.check(settings, backbone, None, None)
+    TASK.check(settings, backbone, TASK.load_test(image_settings("text", metrics__samples=0), backbone), None)
+
+
+def test_a_card_asks_for_one_of_the_runs_own_prompts() -> None:
+    def lines(**changes: Any) -> str:
+        settings = image_settings("text", **changes)
+        return "\n".join(TASK.usage(settings, open_backbone(settings)))
+
+    assert any(f"pipeline('a photo of a {name}', height=128" in lines() for name in CLASSES)
+    assert "pipeline('a big disc', height=128" in lines(samples__prompts="a big disc|a cross")
+    assert "sneaker" not in lines()
+
+
+@pytest.mark.parametrize("kind", ["text", "dit", "unconditional"])
+def test_a_card_loads_the_revision_that_was_trained_on(kind: str) -> None:
+    settings = image_settings(kind)
+    opened = dataclasses.replace(open_backbone(settings), reference="owner/model", revision="v1.2")
+    lines = [line for line in TASK.usage(settings, opened) if "from_pretrained('owner/model'" in line]
+    assert lines and all("revision='v1.2'" in line for line in lines)
+    assert "revision" not in "".join(TASK.usage(settings, open_backbone(settings)))
 
 
 # What a card's code is followed by in the fresh process: the same input through what it loaded.
@@ -437,7 +490,7 @@ def prepared(folder: Path, kind: str, changes: dict[str, Any]) -> tuple[dict[str
     settings = image_settings(kind, **{"lora__rank": 4, "lora__alpha": 6.0, **changes})
     backbone = loud(kind, **{"lora__rank": 4, "lora__alpha": 6.0, **changes})
     pipeline, adapter = told(backbone), adapters.read(backbone.model)
-    text = card(backbone, settings, "global adapter", "", {}, {}, TASK.usage(backbone))
+    text = card(backbone, settings, "global adapter", "", {}, {}, TASK.usage(settings, backbone))
     save_peft(folder, backbone, adapter, text)
     TASK.export(folder, backbone, adapter)
     noise = torch.Generator().manual_seed(1)

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedgen_app.data.images import Pictures, load_images
+from fedgen_app.data.decoding import Pictures
+from fedgen_app.data.images import load_images
 from fedgen_app.errors import DataError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, command, events, federate, results, without_times
+from helpers import ROOT, RecordingGrid, command, events, federate, results, without_times
 from PIL import Image
-from pipelines import CLASSES, MAKERS, draw, image_config, image_settings
+from pipelines import CLASSES, MAKERS, class_folders, draw, image_config, image_settings, tiny_images, write_images
 from safetensors.torch import load_file
 
+from fedgen_app.errors import CheckpointError
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import open_backbone
 from fedgen_app.runs import report
 from fedgen_app.settings import Value
+from fedgen_app.tasks import _features, _likeness
 from fedgen_app.tasks._grid import BETWEEN, GAP, LEAST_SIDE, LINE
 
 STATES = ("frozen", "global", "personal")
@@ -35,6 +38,7 @@ BARE: dict[str, Value] = {"samples__count": 0, "evaluate_every": 0, "personal__e
 # Clients draw images of their own; the server does not.
 KID: dict[str, Value] = {
     "metrics__personal_samples": 8,
+    "holdout_fraction": 0.5,
     "metrics__samples": 0,
     "num_server_rounds": 1,
     "samples__count": 0,
@@ -196,6 +200,33 @@ def test_a_resumed_run_ends_as_one_that_was_left_alone(copy: Path, run: Any) -> 
 
 
 @pytest.mark.slow
+def test_a_run_does_not_go_on_with_another_feature_extractor(
+    copy: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = json.loads((copy / "settings.json").read_text())
+    config = kept | {"output-dir": str(copy), "resume-from": str(copy), "resume-round": 1, "metrics.features": "auto"}
+
+    def out_of_reach(*_: object, **__: object) -> None:
+        raise OSError("no net")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(copy))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", out_of_reach)
+    _likeness._inception_or_bundled.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(_features, "SMALL", "another-extractor")
+        _features.open_extractor.cache_clear()
+        with pytest.raises(CheckpointError, match="with fedgen-small-32, and .* 'auto' gives another-extractor"):
+            federate(config)
+    assert results(copy)["status"] == "failed" and len(results(copy)["rounds"]) <= 1
+    # The same extractor under another setting is the same.
+    _features.open_extractor.cache_clear()
+    _likeness._inception_or_bundled.cache_clear()
+    found = federate(config)
+    assert found["status"] == "completed" and found["rounds"][1]["metrics"]["features"] == "fedgen-small-32"
+    assert found["final"]["metrics"] == results(run("latent"))["final"]["metrics"]
+
+
+@pytest.mark.slow
 def test_two_runs_of_one_seed_measure_the_same(tmp_path: Path, run: Any) -> None:
     again = federate(image_config(tmp_path / "again", "text", samples__every=0, **FAST))
     first = results(run("text"))
@@ -218,6 +249,41 @@ def test_clients_measure_kid_of_their_own_images_where_asked(tmp_path: Path) -> 
     assert len(distances) == 3, "every client has images of its own"
 
 
+def test_images_that_cannot_be_read_are_counted_in_the_results(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "shapes", 6, broken=3)
+    changes: dict[str, Value] = {"dataset": str(source), "num_server_rounds": 1, "metrics__samples": 0}
+    found = federate(image_config(tmp_path / "run", "text", personal__epochs=0, samples__count=0, **changes))
+    assert found["data"] == {"skipped": 3, "skipped_by_client": {}, "skipped_test": 3}, "all clients share one data set"
+    changes["dataset"] = str(tiny_images())
+    whole = federate(image_config(tmp_path / "whole", "text", personal__epochs=0, samples__count=0, **changes))
+    assert whole["data"] == {"skipped": 0, "skipped_by_client": {}, "skipped_test": 0}
+
+
+@pytest.mark.slow
+def test_devices_tell_how_many_images_they_cannot_read_and_how_each_class_is_drawn(tmp_path: Path) -> None:
+    changes: dict[str, Value] = KID | {"dataset": "", "max_steps": 2, "personal__max_steps": 2}
+    changes |= {"metrics__personal_samples": 1000, "metrics__classes": "cross,square", "expected_clients": 2}
+    config = image_config(tmp_path / "run", "text", **changes)
+    grid = RecordingGrid(config, 2)
+    for node, (name, broken) in enumerate((("attic", 2), ("cellar", 0)), start=1):
+        folder = class_folders(tmp_path / name, 44, broken)
+        grid.contexts[node].node_config = {
+            "client-id": name,
+            "data": str(folder),
+            "state-dir": str(tmp_path / "state" / name),
+        }
+    found = federate(config, 2, grid)
+    assert found["data"] == {"skipped": 2, "skipped_by_client": {"attic": 2}, "skipped_test": 0}
+    assert [entry["client"] for entry in found["personal"]] == ["attic", "cellar"]
+    for entry in found["personal"]:
+        # A disc has no number that the server knows: neither its name nor its figure leaves the device.
+        assert all(set(entry[state]["kid_by_class"]) == {"cross", "square"} for state in STATES)
+    names = {name for reply in grid.replies for name in reply.content.metric_records.get("metrics", {})}
+    assert "global.kid_by_class_1" in names and not any("disc" in n or "square" in n for n in names)
+    (card,) = (tmp_path / "state" / "attic").rglob("README.md")
+    assert re.search(r"pipeline\('a photo of a (disc|square|cross)', height=128", card.read_text())
+
+
 def few(folder: Path) -> Path:
     """Three classes: two owned by many, one of two images only."""
     folder.mkdir()
@@ -235,7 +301,37 @@ def test_a_client_with_hardly_an_image_keeps_its_personal_adapter(tmp_path: Path
     found = federate(config)
     there = sorted(f.parent.name for f in (tmp_path / "run" / "clients").glob("*/adapter_model.safetensors"))
     assert there == ["0", "1", "2"]
-    assert found["final"]["personal"]["personal"].keys() == {"denoising_loss", "kid", "kid_std", "diversity"}
+    assert [entry["client"] for entry in found["personal"]] == [0, 1, 2] and not found["personal_rejected"]
+    small = [entry for entry in found["personal"] if set(entry["personal"]) == {"denoising_loss"}]
+    assert small, "every client has images enough"
+    assert found["final"]["personal_clients"] == {"denoising_loss": 3} | dict.fromkeys(
+        ("kid", "kid_std", "diversity"), 3 - len(small)
+    )
+    for state in STATES:
+        assert found["final"]["personal"][state].keys() == {"denoising_loss", "kid", "kid_std", "diversity"}
+        for metric in ("denoising_loss", "kid"):
+            pairs = [(e["examples"], e[state][metric]) for e in found["personal"] if metric in e[state]]
+            mean = sum(n * value for n, value in pairs) / sum(n for n, _ in pairs)
+            assert found["final"]["personal"][state][metric] == pytest.approx(mean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "dit"])
+def test_each_client_says_how_each_class_is_drawn(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "many"
+    source.mkdir()
+    write_images(source / "train.npz", 130, 1)
+    many = KID | {"dataset": str(source), "metrics__personal_samples": 1000, "personal__max_steps": 2}
+    found = federate(image_config(tmp_path / "run", kind, partition__by="iid", max_steps=2, **many), clients=2)
+    for entry in found["personal"]:
+        for state in STATES:
+            assert set(entry[state]["kid_by_class"]) == set(CLASSES)
+            # The figure for all classes together cannot be had from it, and is there too.
+            assert np.isfinite([entry[state]["kid"], *entry[state]["kid_by_class"].values()]).all()
+    whole = {state: found["final"]["personal"][state]["kid_by_class"] for state in STATES}
+    assert all(set(whole[state]) == set(CLASSES) for state in STATES)
+    assert len({value for state in STATES for value in whole[state].values()}) == 9
+    assert found["final"]["personal_clients"]["kid_by_class"] == 2
 
 
 def test_where_nothing_is_to_be_measured_nothing_is(tmp_path: Path) -> None:
@@ -272,6 +368,32 @@ def test_generate_draws_with_each_adapter(run: Any, tmp_path: Path, monkeypatch:
     ended = command("generate", run("text"))
     assert ended.status == 0 and ended.out.strip() == "generated.png"
     assert page(Path("generated.png")).tobytes() == drawn["global"].tobytes()
+    before = Path("generated.png").read_bytes()
+    for number in (2, 3):  # nobody asked for the first one to be replaced
+        ended = command("generate", run("text"), "--frozen")
+        assert ended.status == 0 and ended.out.strip() == f"generated-{number}.png"
+        assert page(Path(f"generated-{number}.png")).tobytes() == drawn["frozen"].tobytes()
+    assert Path("generated.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "unconditional",
+            ["--prompt", "a disc"],
+            "--prompt a disc: means nothing to the backbone of this",
+        ),
+        ("text", ["--length", "5"], "--length 5: means nothing to the backbone of this diffusion run; use --prompt,"),
+    ],
+)
+def test_generate_refuses_what_it_would_ignore(
+    kind: str, options: list[str], message: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = command("generate", run(kind), *options)
+    assert ended.status == 2 and message in " ".join(ended.err.split())
+    assert not list(tmp_path.iterdir()) and ended.out == ""
 
 
 def test_generate_takes_prompt_count_seed_and_steps(run: Any, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from helpers import command, tiny_model
+from huggingface_hub.utils import filter_repo_objects
 from pipelines import CLASSES, MAKERS, PROMPT_TOKENS, image_config, image_settings, tiny_pipeline
 
 from fedgen_app.errors import BackboneError, SettingsError
-from fedgen_app.learning.backbone import Backbone, open_backbone
+from fedgen_app.learning import backbone as backbone_module
+from fedgen_app.learning.backbone import Backbone, fingerprint, open_backbone
 from fedgen_app.settings import defaults
 from fedgen_app.tasks._pipeline import Pipeline
 from fedgen_app.tasks.diffusion import TASK
@@ -62,6 +64,81 @@ def test_the_fingerprint_is_of_every_part_that_generates(tmp_path: Path) -> None
         assert open_backbone(image_settings(str(changed))).fingerprint != before, part
 
 
+def other(folder: Path, place: str, **changes: Any) -> str:
+    """The fingerprint of a copy of the latent pipeline with other entries in one JSON file."""
+    shutil.copytree(tiny_pipeline("latent"), folder)
+    edit(folder / place, **changes)
+    return open_backbone(image_settings(str(folder))).fingerprint
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "scheduler/scheduler_config.json": {"beta_end": 0.013},
+    "unet/config.json": {"norm_eps": 1e-4},
+    "vae/config.json": {"scaling_factor": 0.25},
+    "text_encoder/config.json": {"hidden_act": "gelu"},
+    "tokenizer/tokenizer_config.json": {"model_max_length": 4},
+    "tokenizer/tokenizer.json": {"normalizer": {"type": "Lowercase"}},
+    "model_index.json": {"id2label": {"0": "disc"}},
+}
+SAME: dict[str, dict[str, Any]] = {
+    "scheduler/scheduler_config.json": {"_diffusers_version": "0.1"},
+    "unet/config.json": {"_name_or_path": "/elsewhere", "_diffusers_version": "0.1"},
+    "text_encoder/config.json": {"dtype": "float16", "torch_dtype": "float16", "transformers_version": "4.0"},
+    "tokenizer/tokenizer_config.json": {"name_or_path": "/elsewhere", "is_local": True},
+    "model_index.json": {"_diffusers_version": "0.1", "safety_checker": ["stable_diffusion", "X"]},
+}
+
+
+@pytest.mark.parametrize("place", CHANGES)
+def test_the_fingerprint_tells_another_schedule_tokenizer_or_shape_apart(place: str, tmp_path: Path) -> None:
+    before = open_backbone(image_settings("latent")).fingerprint
+    assert other(tmp_path / "changed", place, **CHANGES[place]) != before
+
+
+@pytest.mark.parametrize("place", SAME)
+def test_the_fingerprint_does_not_hang_on_notes_and_order(place: str, tmp_path: Path) -> None:
+    before = open_backbone(image_settings("latent")).fingerprint
+    assert other(tmp_path / "changed", place, **SAME[place]) == before
+    file = tmp_path / "changed" / place
+    file.write_text(json.dumps(dict(reversed(json.loads(file.read_text()).items())), indent=7))
+    backbone_module._open.cache_clear()
+    assert open_backbone(image_settings(str(tmp_path / "changed"))).fingerprint == before
+
+
+@pytest.mark.parametrize("kind", ["latent", "dit", "at root"])
+def test_what_the_hub_gives_has_the_fingerprint_of_the_whole_folder(kind: str, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    if kind == "at root":
+        for part in ("unet", "scheduler"):
+            shutil.copytree(tiny_pipeline("unconditional") / part, whole, dirs_exist_ok=True)
+        shutil.copy(tiny_pipeline("unconditional") / "model_index.json", whole)
+    else:
+        shutil.copytree(tiny_pipeline(kind), whole)
+    (whole / "safety_checker").mkdir()
+    for name in ("model.safetensors", "config.json", "notes.txt"):
+        (whole / "safety_checker" / name).write_text("{}")
+    (whole / "notes.txt").write_text("nobody reads this")
+    names = [str(f.relative_to(whole)) for f in whole.rglob("*") if f.is_file()]
+    for name in filter_repo_objects(names, allow_patterns=list(TASK.hub_files)):
+        (tmp_path / "snapshot" / name).parent.mkdir(parents=True, exist_ok=True)
+        # As the hub's cache has it: links to blobs.
+        (tmp_path / "snapshot" / name).symlink_to(whole / name)
+    marks = [fingerprint(f, TASK.weight_files(f), TASK.config(f)) for f in (whole, tmp_path / "snapshot")]
+    assert marks[0] == marks[1]
+
+
+@pytest.mark.parametrize("shard", ["", "-00001-of-00001"])
+def test_weights_in_half_precision_alone_are_named_with_what_to_do(shard: str, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(tiny_pipeline("latent"), folder)
+    for file in folder.rglob("*.safetensors"):
+        file.rename(file.with_name(f"{file.stem}.fp16{shard}.safetensors"))
+    with pytest.raises(BackboneError) as caught:
+        open_backbone(image_settings(str(folder)))
+    renamed = f"model.fp16{shard}.safetensors: rename it to model{shard}.safetensors, and so with other parts"
+    assert f"{folder}: of text_encoder there is only {renamed}" in str(caught.value)
+
+
 def test_the_oldest_pipelines_have_denoiser_and_scheduler_in_no_folder(tmp_path: Path) -> None:
     inside = tiny_pipeline("unconditional")
     for part in ("unet", "scheduler"):
@@ -75,7 +152,7 @@ def test_the_oldest_pipelines_have_denoiser_and_scheduler_in_no_folder(tmp_path:
         for name, w in theirs.items()
     )
     assert found.schedule == opened("unconditional")[1].schedule
-    assert not any("subfolder" in line for line in TASK.usage(backbone))
+    assert not any("subfolder" in line for line in TASK.usage(image_settings(str(tmp_path)), backbone))
 
 
 def test_prompts_longer_than_the_encoders_length_are_cut() -> None:
@@ -284,6 +361,8 @@ def test_a_caption_has_one_place_for_the_label(caption: str) -> None:
         ("dit", {"resolution": 32}, "resolution = 32: this DiT takes 16 only"),
         ("unconditional", {"lora.text-encoder": True}, "lora.text-encoder = true"),
         ("text", {"diffusion.caption": "a photo"}, "diffusion.caption = 'a photo'"),
+        ("dit", {"samples.prompts": "disc|triangle"}, "samples.prompts = 'triangle': label 'triangle' is no class"),
+        ("unconditional", {"samples.prompts": "a disc"}, "samples.prompts = 'a disc': this backbone is told nothing"),
     ],
 )
 def test_a_run_with_such_a_setting_ends_before_its_first_round(

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from grids import UncalledParts
 
 from fedgen_app.errors import PolicyError, RunError
-from fedgen_app.federation.roster import ROLL_CALL, Roster, in_order, parse_client
+from fedgen_app.federation.roster import ROLL_CALL, Member, Roster, in_order, parse_client
 
 OURS, THEIRS = "sha256:ours", "sha256:theirs"
 Answer = RecordDict | Error | None
@@ -53,6 +53,7 @@ def here(client: object, /, **changes: Any) -> RecordDict:
         "rank": 8,
         "fingerprint": OURS,
         "simulated-clients": 0,
+        "skipped": 0,
         "torch": "2",
     }
     kept = {key: value for key, value in (facts | changes).items() if value is not None}
@@ -135,6 +136,10 @@ def test_another_backbone_is_left_out_and_both_fingerprints_are_shown() -> None:
         ("malformed", changed(1, client=None)),
         ("malformed", changed(1, rank=None)),
         ("malformed", changed(1, fingerprint=None)),
+        ("malformed", changed(1, skipped=None)),
+        ("malformed", changed(1, skipped=-1)),
+        ("malformed", changed(1, skipped=2**60)),
+        ("malformed", changed(1, skipped="a few")),
         ("weight", changed(1, num_examples=0)),
         ("weight", changed(1, num_examples=-1)),
         ("weight", changed(1, num_examples=1.5)),
@@ -258,3 +263,15 @@ def test_a_silent_node_that_answers_at_last_takes_part_and_keeps_no_newcomer_wai
     assert list(called.members) == [1]
     called.ask_newcomers(fleet, 0.05)
     assert in_order(called.members) == [1, 2]
+
+
+def test_clients_are_drawn_in_proportion_to_their_examples() -> None:
+    called, _ = roster()
+    for client, examples in enumerate((10, 10, 80)):
+        called.members[client] = Member(client, client, examples, 4, {})
+    draws = [called.choose([0, 1, 2], 0.3, 0, number, "examples") for number in range(600)]
+    assert all(len(draw) == 1 for draw in draws)
+    counts = [sum(draw == [client] for draw in draws) for client in range(3)]
+    assert 40 < counts[0] < 85 and 40 < counts[1] < 85 and 440 < counts[2] < 520  # six standard deviations
+    assert draws == [called.choose([2, 0, 1], 0.3, 0, number, "examples") for number in range(600)]
+    assert called.choose([0, 1, 2], 1.0, 0, 1, "examples") == [0, 1, 2]

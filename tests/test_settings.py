@@ -77,6 +77,7 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "diffusion.caption": ["a photo", "{} and {}", "{name}"],
     "diffusion.caption-dropout": [1, -0.1],
     "diffusion.min-snr": [-1, math.inf],
+    "gan.r1": [-0.1, math.inf],
     "metrics.samples": [-1],
     "metrics.personal-samples": [-1],
     "metrics.features": [""],
@@ -98,6 +99,7 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "fedopt.beta1": [1],
     "fedopt.beta2": [-0.1, 1],
     "fedopt.tau": [0],
+    "metrics.classes": ["bag,coat,bag"],
 }
 ANY_TEXT = {
     "output-dir",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +42,7 @@ def generate(
 
     task = load_task(settings.task)
     backbone = open_backbone(settings, weights=load_method(settings.method).weights)
+    _refuse(settings.task, task.takes(backbone), prompt=prompt, length=length, steps=steps)
     texts = [text for text in ([prompt] if prompt else task.prompts(settings, backbone)) for _ in range(count)]
     changed = {key: value for key, value in (("length", length), ("steps", steps)) if value}
     asked = settings.model_copy(update={"samples": settings.samples.model_copy(update=changed)})
@@ -54,13 +57,26 @@ def generate(
     if output is None and task.render.printable:
         print(shown.decode(), end="")
         return
-    file = output or Path(f"generated{task.render.suffix}")
+    file = output or _free(task.render.suffix)
     try:
         file.write_bytes(shown)
     except OSError as error:
         raise SettingsError(f"--output {file}: {error.strerror}") from None
     if not task.render.printable:
         print(file)
+
+
+def _refuse(task: str, taken: Collection[str], **given: str | int) -> None:
+    for name, value in given.items():
+        if value and name not in taken:
+            there = ", ".join(f"--{each}" for each in sorted(taken))
+            raise SettingsError(f"--{name} {value}: means nothing to the backbone of this {task} run; use {there}")
+
+
+def _free(suffix: str) -> Path:
+    """The first of generated, generated-2, ... that is not there yet."""
+    later = (Path(f"generated-{number}{suffix}") for number in itertools.count(2))
+    return next(file for file in itertools.chain([Path(f"generated{suffix}")], later) if not file.exists())
 
 
 def _settings(folder: Path) -> Settings:

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import io
 import json
-import logging
-import math
 import os
-import struct
-import zipfile
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from fedgen_app.data.arrays import from_idx, from_npz, idx_file
+from fedgen_app.data.decoding import Asked, Pictures, absent, decoded
 from fedgen_app.data.local import (
     Split,
     files_below,
@@ -36,9 +28,6 @@ from fedgen_app.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from PIL.Image import Image
-
-ByteArray = NDArray[np.uint8]
 
 ENDINGS = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
@@ -48,63 +37,7 @@ SPLIT_FOLDERS = frozenset(("train", "test", "validation", "valid", "val", "dev")
 # The one folder that images lie in is their class, unless it is called what every such folder is called.
 NO_CLASS = frozenset(("images", "image", "imgs", "img", "pictures", "photos", "data"))
 
-IMAGES = ("images", "x", "data")  # names of an .npz file's arrays, as they are usually called
-LABELS = ("labels", "label", "y", "targets")
-IDX_PREFIX = {"train": "train", "test": "t10k"}
-IDX_BYTES = 0x08  # the type code of unsigned bytes in an IDX file's header
-
-GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes without colour
-DEEP = ("I", "I;16", "I;16B", "I;16L")  # those of 16 bits per pixel; Pillow opens some of them with 32
-
-# What Pillow raises for files that are missing, broken, empty or absurdly large; its decoders add what they stumble
-# over. DecompressionBombError is missing: it can be named only once Pillow is imported.
-UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, TypeError, EOFError, LookupError, ArithmeticError),
-    *(RuntimeError, MemoryError, struct.error, zlib.error),
-)
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Images of one split, all of one size.
-
-    name: how a model card names the source.
-    pixels: (n, resolution, resolution, channels), channels 1 (grey) or 3 (RGB).
-    labels: one per image where the source has labels.
-    captions: one per image where the source has captions.
-    classes: names of the classes 0, 1, ... where the source declares them; () where labels are only seen.
-    skipped: images left out because they could not be read.
-    """
-
-    name: str
-    pixels: ByteArray
-    labels: tuple[str, ...] | None
-    captions: tuple[str, ...] | None
-    classes: tuple[str, ...]
-    skipped: int
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """How the images are wanted; the fields are ``load_images``' arguments."""
-
-    source: str
-    resolution: int
-    channels: int
-    text_column: str
-    label_column: str
-
-    def check(self, columns: Iterable[str]) -> None:
-        """Raise DataError where a column that was asked for by name is not there."""
-        there = list(columns)
-        for wanted in (self.label_column, self.text_column if self.text_column != "text" else ""):
-            if wanted and wanted not in there:
-                raise DataError(f"{self.source} has no column {wanted!r}; its columns: {', '.join(there)}")
+SINGLE_FILES = (".npz", ".parquet")
 
 
 def load_images(
@@ -132,7 +65,7 @@ def load_images(
 
     Raises DataError where the source, a column or every image is missing.
     """
-    asked = _Asked(source, resolution, channels, text_column, label_column)
+    asked = Asked(source, resolution, channels, text_column, label_column)
     path = Path(source).expanduser()
     if source == "bundled":
         import fedgen_assets
@@ -140,163 +73,42 @@ def load_images(
         path = Path(fedgen_assets.path("pictures"))
     name = "bundled pictures" if source == "bundled" else path.resolve().name
     if path.is_file():
-        kind = path.suffix.lower()
-        if kind not in (".npz", ".parquet"):
-            raise DataError(f"{source}: an image data set is an .npz or .parquet file, a folder or a hub id")
-        if split == "test":
-            return None
-        return _from_npz(path, name, asked) if kind == ".npz" else _from_parquet([path], name, asked)
-    if not path.is_dir():
-        hub = hub_dataset(source, split, (".npz", ".parquet"))
-        return None if hub is None else _from_dataset(hub, source, asked)
-    if is_saved(path):
-        saved = saved_dataset(path, split)
+        return _from_file(path, name, split, asked)
+    if path.is_dir():
+        return _from_directory(path, name, split, asked)
+    hub = hub_dataset(source, split, SINGLE_FILES)
+    return None if hub is None else _from_dataset(hub, source, asked)
+
+
+def _from_file(file: Path, name: str, split: Split, asked: Asked) -> Pictures | None:
+    kind = file.suffix.lower()
+    if kind not in SINGLE_FILES:
+        raise DataError(f"{asked.source}: an image data set is an .npz or .parquet file, a folder or a hub id")
+    if split == "test":
+        return None
+    return from_npz(file, name, asked) if kind == ".npz" else _from_parquet([file], name, asked)
+
+
+def _from_directory(folder: Path, name: str, split: Split, asked: Asked) -> Pictures | None:
+    """What the folder holds decides: a saved data set, arrays, tables, else image files."""
+    if is_saved(folder):
+        saved = saved_dataset(folder, split)
         return None if saved is None else _from_dataset(saved, name, asked)
-    if any((path / f"{part}.npz").is_file() for part in ("train", "test")):
-        file = path / f"{split}.npz"
+    if any((folder / f"{part}.npz").is_file() for part in ("train", "test")):
+        file = folder / f"{split}.npz"
         if not file.is_file():
-            _absent(split, f"{path} holds no {file.name}")
+            absent(split, f"{folder} holds no {file.name}")
             return None
-        return _from_npz(file, name, asked)
-    if any(_idx_file(path, part, "images", 3) for part in ("train", "test")):
-        return _from_idx(path, name, split, asked)
-    if any(file for place in (path, path / "data") for file in place.glob("*.parquet")):
-        files = split_files(path, split, (".parquet",))
+        return from_npz(file, name, asked)
+    if any(idx_file(folder, part, "images", 3) for part in ("train", "test")):
+        return from_idx(folder, name, split, asked)
+    if any(file for place in (folder, folder / "data") for file in place.glob("*.parquet")):
+        files = split_files(folder, split, (".parquet",))
         return _from_parquet(files, name, asked) if files else None
-    return _from_folder(path, name, split, asked)
+    return _from_folder(folder, name, split, asked)
 
 
-def _absent(split: Split, reason: str) -> None:
-    """A test split may be absent."""
-    if split == "train":
-        raise DataError(reason)
-
-
-def _from_npz(file: Path, name: str, asked: _Asked) -> Pictures:
-    if not zipfile.is_zipfile(file):
-        raise DataError(f"{file} cannot be read as .npz: it is damaged or something else")
-    # A label column's usual names stand for each other: settings made for another kind of source fit as well.
-    labels_of = LABELS if asked.label_column in ("", *LABELS) else (asked.label_column,)
-    captions_of = "captions" if asked.text_column == "text" else asked.text_column
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            there = ", ".join(arrays.files)
-            images, labels, captions, names = (
-                next((np.asarray(arrays[key]) for key in keys if key in arrays.files), None)
-                for keys in (IMAGES, labels_of, (captions_of,), ("names",))
-            )
-    # RuntimeError: an encrypted or unknown way of packing; MemoryError: a header that promises too much.
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        RuntimeError,
-        MemoryError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise DataError(f"{file} cannot be read as .npz: {error}") from error
-    if images is None:
-        raise DataError(f"{file}: no array named {' or '.join(IMAGES)}, only {there}")
-    for wanted, found in ((asked.label_column, labels), (captions_of if captions_of != "captions" else "", captions)):
-        if wanted and found is None:
-            raise DataError(f"{file} has no array {wanted!r}; its arrays: {there}")
-    return _from_arrays(file, name, images, labels, _texts(file, captions), _texts(file, names) or (), asked)
-
-
-def _texts(file: Path, array: NDArray[Any] | None) -> tuple[str, ...] | None:
-    if array is None:
-        return None
-    if array.ndim != 1 or array.dtype.kind != "U":
-        raise DataError(f"{file}: captions and names are one row of strings, not {array.dtype} {array.shape}")
-    return tuple(map(str, array))
-
-
-def _from_idx(folder: Path, name: str, split: Split, asked: _Asked) -> Pictures | None:
-    """MNIST's own files: http://yann.lecun.com/exdb/mnist, plain or gzipped."""
-    if asked.label_column not in ("", *LABELS) or asked.text_column != "text":
-        asked.check(("label",))
-    images, labels = _idx_file(folder, split, "images", 3), _idx_file(folder, split, "labels", 1)
-    if images is None:
-        _absent(split, f"{folder} holds no {IDX_PREFIX[split]}-images-idx3-ubyte")
-        return None
-    return _from_arrays(images, name, _idx(images), _idx(labels) if labels else None, None, (), asked)
-
-
-def _idx_file(folder: Path, split: str, kind: str, dimensions: int) -> Path | None:
-    names = (f"{IDX_PREFIX[split]}-{kind}{mark}idx{dimensions}-ubyte{end}" for mark in "-." for end in ("", ".gz"))
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _idx(file: Path) -> ByteArray:
-    try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] != IDX_BYTES:
-        raise DataError(f"{file} is no IDX file of bytes")
-    dimensions, start = raw[3], 4 + 4 * raw[3]
-    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
-    if len(raw) - start != math.prod(shape):
-        raise DataError(f"{file} is damaged: {max(0, len(raw) - start)} bytes for shape {tuple(shape)}")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-
-
-def _from_arrays(
-    file: Path,
-    name: str,
-    images: NDArray[Any],
-    labels: NDArray[Any] | None,
-    captions: tuple[str, ...] | None,
-    classes: tuple[str, ...],
-    asked: _Asked,
-) -> Pictures:
-    from PIL import Image
-
-    if images.dtype != np.uint8:
-        raise DataError(f"{file}: images are {images.dtype}, should be uint8 from 0 to 255")
-    shape = images.shape
-    if images.ndim == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
-        images = images.transpose(0, 2, 3, 1)
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise DataError(f"{file}: images have shape {shape}, should be (n, h, w), (n, h, w, 1) or (n, h, w, 3)")
-    if images.size == 0:
-        raise DataError(f"{file} holds no image")
-    if labels is not None and labels.shape not in ((len(images),), (len(images), 1)):
-        raise DataError(f"{file}: {len(images)} images but labels of shape {labels.shape}")
-    if captions is not None and len(captions) != len(images):
-        raise DataError(f"{file}: {len(images)} images but {len(captions)} captions")
-    named = None if labels is None else _labels(file, labels.ravel(), classes)
-    size, channels = asked.resolution, asked.channels or images.shape[3]
-    if images.shape[1:] == (size, size, channels):
-        pixels = np.require(images, requirements=("C", "W"))  # what np.frombuffer gives cannot be written to
-    else:
-        pixels = np.empty((len(images), size, size, channels), np.uint8)
-        for index, image in enumerate(images):
-            pixels[index] = _squared(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), size, channels)
-    return Pictures(name, pixels, named, captions, classes, 0)
-
-
-def _labels(file: Path, labels: NDArray[Any], classes: Sequence[str]) -> tuple[str, ...]:
-    if labels.dtype.kind == "U":
-        return tuple(map(str, labels))
-    if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.rint(labels)).all():
-        labels = labels.astype(np.int64)  # how numbers come out of a spreadsheet
-    if labels.dtype.kind not in "iub":
-        raise DataError(f"{file}: labels are {labels.dtype}, should be whole numbers or strings")
-    numbers = [int(label) for label in labels]
-    if not classes:
-        return tuple(map(str, numbers))
-    wrong = next((number for number in numbers if not 0 <= number < len(classes)), None)
-    if wrong is not None:
-        raise DataError(f"{file}: label {wrong} has no name; there are {len(classes)} names")
-    return tuple(classes[number] for number in numbers)
-
-
-def _from_folder(folder: Path, name: str, split: Split, asked: _Asked) -> Pictures | None:
+def _from_folder(folder: Path, name: str, split: Split, asked: Asked) -> Pictures | None:
     # Not by the builder `imagefolder` of `datasets`: one image called test.png, or one class called val, makes it
     # leave out all other images; it gives no label where there is one class only, as on many a device; and it drops
     # the classes where there are captions.
@@ -331,7 +143,7 @@ def _from_folder(folder: Path, name: str, split: Split, asked: _Asked) -> Pictur
     asked.check(columns)
     if asked.text_column in columns:
         captions = [_caption(row.get(asked.text_column)) for _, row in rows]
-    return _decoded(images, len(images), name, labels, captions, (), asked)
+    return decoded(images, len(images), name, labels, captions, (), asked)
 
 
 def _split_folder(folder: Path, images: Sequence[Path], split: Split) -> Path | None:
@@ -342,7 +154,7 @@ def _split_folder(folder: Path, images: Sequence[Path], split: Split) -> Path | 
     # A class may be called train, and so may the one class of a device; `train` next to `test` is a split.
     if tops and ("train" in tops and "test" in tops or set(tops) <= SPLIT_FOLDERS):
         if "train" not in tops:
-            _absent(split, f"{folder} holds no folder train, only {', '.join(sorted(tops))}")
+            absent(split, f"{folder} holds no folder train, only {', '.join(sorted(tops))}")
         return tops.get(split)
     return folder if split == "train" else None
 
@@ -386,7 +198,7 @@ def _caption(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _from_parquet(files: Sequence[Path], name: str, asked: _Asked) -> Pictures:
+def _from_parquet(files: Sequence[Path], name: str, asked: Asked) -> Pictures:
     datasets = quiet_datasets()
     try:
         found = datasets.load_dataset(
@@ -397,7 +209,7 @@ def _from_parquet(files: Sequence[Path], name: str, asked: _Asked) -> Pictures:
     return _from_dataset(found, name, asked)
 
 
-def _from_dataset(dataset: Dataset, name: str, asked: _Asked) -> Pictures:
+def _from_dataset(dataset: Dataset, name: str, asked: Asked) -> Pictures:
     datasets = quiet_datasets()
     features = dataset.features
     column = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
@@ -419,7 +231,7 @@ def _from_dataset(dataset: Dataset, name: str, asked: _Asked) -> Pictures:
         captions = [_caption(value) for value in dataset[asked.text_column]]
     raw = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     stored = (_stored(row[column]) for row in raw)
-    return _decoded(stored, len(raw), name, labels, captions, classes, asked)
+    return decoded(stored, len(raw), name, labels, captions, classes, asked)
 
 
 def _holds_files(feature: Any) -> bool:
@@ -432,91 +244,3 @@ def _stored(entry: Any) -> bytes | Path | None:
     if not entry:
         return None
     return entry["bytes"] or (Path(entry["path"]) if entry["path"] else None)
-
-
-def _decoded(
-    stored: Iterable[bytes | Path | None],
-    count: int,
-    name: str,
-    labels: Sequence[str] | None,
-    captions: Sequence[str] | None,
-    classes: tuple[str, ...],
-    asked: _Asked,
-) -> Pictures:
-    """Those of ``count`` images that can be read; labels, captions: one per image, read or not.
-
-    Raises DataError where none can be read.
-    """
-    from PIL import Image
-
-    size, channels = asked.resolution, asked.channels
-    pixels = np.empty((0, size, size, 1), np.uint8)
-    kept: list[int] = []
-    why = ""
-    for index, each in enumerate(stored):
-        try:
-            image = _opened(each, size)
-            depth = channels or (1 if image.mode in GREY else 3)
-            square = _squared(image, size, depth)
-        except (*UNREADABLE, Image.DecompressionBombError) as error:
-            log.debug("image %d cannot be read: %s", index, error)
-            why = why or f"{error}" or type(error).__name__
-            continue
-        if not kept:
-            channels = depth
-            pixels = np.empty((count, size, size, channels), np.uint8)
-        pixels[len(kept)] = square
-        kept.append(index)
-    if not kept:
-        raise DataError(
-            f"{asked.source} holds no image{f' that can be read; of {count} the first: {why}' if count else ''}"
-        )
-    return Pictures(
-        name,
-        pixels[: len(kept)],
-        None if labels is None else tuple(labels[index] for index in kept),
-        None if captions is None else tuple(captions[index] for index in kept),
-        classes,
-        count - len(kept),
-    )
-
-
-def _opened(stored: bytes | Path | None, resolution: int) -> Image:
-    """Load an image, the way up that its camera was held; of several frames the first.
-
-    Raises what Pillow raises, and ValueError where there is nothing to open.
-    """
-    from PIL import Image, ImageOps
-
-    if not stored:
-        raise ValueError("there is no image")
-    if isinstance(stored, Path) and not stored.is_file():  # a pipe or a device would be read for ever
-        raise ValueError("there is no such file")
-    with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as opened:
-        # A large JPEG is decoded at a half, a quarter or an eighth of its size where that is still twice what is asked.
-        opened.draft(None, (2 * resolution, 2 * resolution))
-        opened.load()
-        return ImageOps.exif_transpose(opened)
-
-
-def _squared(image: Image, resolution: int, channels: int) -> ByteArray:
-    """(resolution, resolution, channels): the shorter side scaled, the longer one cut from the middle."""
-    from PIL import Image as Images
-    from PIL.Image import Resampling
-
-    if image.mode in DEEP:  # Pillow's own conversion cuts off what is above 255
-        image = Images.fromarray((np.clip(np.asarray(image, np.float64), 0, 65535) / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("pixels are fractions of unknown range")
-    if image.has_transparency_data:  # whose colour is anything
-        alpha = image.convert("RGBA")
-        image = Images.alpha_composite(Images.new("RGBA", alpha.size, "white"), alpha)
-    # By way of RGB, since few kinds of colour can become grey at once.
-    converted = (image if image.mode == "L" else image.convert("RGB")).convert("L" if channels == 1 else "RGB")
-    width, height = converted.size
-    if (width, height) != (resolution, resolution):
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        box = (left, top, left + side, top + side)
-        converted = converted.resize((resolution, resolution), Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    return np.asarray(converted, np.uint8).reshape(resolution, resolution, channels)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +25,6 @@ ABSURD_METRIC = 1e100
 # Largest count of examples that is taken for a count at all; what is plausible is capped by admission.max-weight.
 LARGEST_COUNT = 2**53
 PERSONAL_STATES = ("frozen", "global", "personal")
-METRIC_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 
 
 class Rejected(Exception):
@@ -158,10 +155,13 @@ def cap_weights(updates: Sequence[Update], most: float) -> list[Update]:
     return [replace(u, num_examples=min(u.num_examples, limit)) for u in updates]
 
 
-def personal_metrics(message: Message | None, number: int) -> dict[str, Any]:
+def personal_metrics(message: Message | None, number: int, names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """A client's entry of ``personal``: examples and its metrics with the frozen, global and personal adapter.
 
     The metrics arrive as ``frozen.<name>``, ``global.<name>``, ``personal.<name>``.
+
+    Args:
+        names: What a client may send and its place in the entry: ``{"kid_by_class_3": ("kid_by_class", "bag")}``.
 
     Raises:
         Rejected: with the reason.
@@ -178,30 +178,26 @@ def personal_metrics(message: Message | None, number: int) -> dict[str, Any]:
     if facts.get(wire.ROUND) != number:
         raise Rejected("stale", f"answers round {facts.get(wire.ROUND)!r}")
     entry: dict[str, Any] = {"examples": int(_weight(metrics.pop(wire.NUM_EXAMPLES, None)))}
+    measured: dict[str, set[str]] = {state: set() for state in PERSONAL_STATES}
     for name, value in sorted(metrics.items()):
         state, _, metric = name.partition(".")
-        if state not in PERSONAL_STATES or not METRIC_NAME.fullmatch(metric):
+        if state not in PERSONAL_STATES or metric not in names:
             raise Rejected("metrics", f"unexpected metric {name[:80]!r}")
         if not isinstance(value, int | float) or not abs(value) <= ABSURD_METRIC:
             raise Rejected("metrics", f"{name} = {str(value)[:80]}")
-        entry.setdefault(state, {})[metric] = float(value)
-    if len({frozenset(entry.get(state, {})) for state in PERSONAL_STATES}) != 1 or "global" not in entry:
+        measured[state].add(metric)
+        place = entry.setdefault(state, {})
+        for part in names[metric][:-1]:
+            place = place.setdefault(part, {})
+        place[names[metric][-1]] = float(value)
+    if len(set(map(frozenset, measured.values()))) != 1 or not measured["global"]:
         raise Rejected("metrics", "frozen, global and personal do not have the same metrics")
     return entry
 
 
-def comparable(entries: Sequence[dict[str, Any]], most: float) -> tuple[list[dict[str, Any]], list[ClientId]]:
-    """Personal entries that can be averaged: those with the metrics that most clients measured.
-
-    ``examples`` is capped as weights are (``cap_weights``), so that no client owns the mean.
-
-    Returns:
-        The entries, and the clients whose metrics are others.
-    """
-    names = Counter(frozenset(entry["global"]) for entry in entries)
-    usual = max(names, key=lambda n: (names[n], sorted(n)), default=frozenset())
-    same = [entry for entry in entries if frozenset(entry["global"]) == usual]
-    median = statistics.median_low(entry["examples"] for entry in same) if same else 1
-    limit = max(1, int(most * median)) if most else LARGEST_COUNT
-    kept = [{**entry, "examples": min(entry["examples"], limit)} for entry in same]
-    return kept, [entry["client"] for entry in entries if frozenset(entry["global"]) != usual]
+def cap_examples(entries: Sequence[dict[str, Any]], most: float) -> list[dict[str, Any]]:
+    """Personal entries whose ``examples`` are capped as weights are (``cap_weights``): no client owns the mean."""
+    if not most or not entries:
+        return list(entries)
+    limit = max(1, int(most * statistics.median_low(entry["examples"] for entry in entries)))
+    return [{**entry, "examples": min(entry["examples"], limit)} for entry in entries]

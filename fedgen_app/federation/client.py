@@ -23,7 +23,7 @@ from fedgen_app.federation.roster import parse_client
 from fedgen_app.learning import adapters, training
 from fedgen_app.learning.adapters import Adapter
 from fedgen_app.learning.backbone import Backbone, load_task, open_backbone
-from fedgen_app.learning.export import export_personal
+from fedgen_app.learning.export import export_personal, usage_of
 from fedgen_app.learning.task import LocalData, Metrics, Share, Task
 from fedgen_app.learning.training import Plan, round_factor
 from fedgen_app.runs.personal import Kept, PersonalStore
@@ -272,8 +272,9 @@ class Work:
     def keep_personal(self, adapter: Adapter, measured: Mapping[str, Metrics]) -> None:
         """Export this client's personal adapter, with the residual in it, to its own disk."""
         whole = adapters.merged(adapter, self.order.received.residual, lambda rank: self.round.lora.at(rank).scaling)
-        folder, usage = self.store.folder, self.task.usage(self.backbone)
         settings, examples = self.me.settings, len(self.data.train)
+        here = settings.model_copy(update={"dataset": self.me.share.folder or settings.dataset})
+        folder, usage = self.store.folder, usage_of(self.task, here, self.backbone)
         export_personal(folder, self.backbone, whole, self.me.data_name, settings, measured, examples, usage)
         self.task.export(folder, self.backbone, whole)
 

@@ -36,7 +36,7 @@ NEEDED: dict[str, tuple[str, Callable[[int], int]]] = {
 }
 FACTOR_RULES = ("factor-median", "factor-trimmed-mean")
 PRODUCT_RULES = tuple(name for name in NEEDED if name not in FACTOR_RULES)
-# Weiszfeld: distances below this share of the median one count as this (Pillutla et al. 2022, arXiv 1912.13445, smooth
+# Weiszfeld: distances below this share of the usual one count as this (Pillutla et al. 2022, arXiv 1912.13445, smooth
 # with 1e-6); the steps cost n^2 numbers each, so it goes on until nothing moves.
 SMOOTHING = 1e-6
 MOST_STEPS, STANDSTILL = 1000, 1e-12
@@ -163,13 +163,18 @@ def _bounded(updates: Sequence[Update], received: Sequence[Adapter], lora: Lora,
     return bounded
 
 
+def distances(products: Tensor) -> Tensor:
+    """Distances (n, n) between points from their inner products."""
+    squares = products.diagonal()
+    return (squares[:, None] + squares[None, :] - 2 * products).clamp(min=0).sqrt()
+
+
 def _by_score(products: Tensor, f: int) -> list[int]:
     """Places by Krum's score, best first: the sum of squared distances to the n - f - 2 nearest others.
 
     Blanchard et al. 2017 (arXiv 1703.02757).
     """
-    n, norms = len(products), products.diagonal()
-    squares = (norms[:, None] + norms[None, :] - 2 * products).clamp(min=0)
+    n, squares = len(products), distances(products) ** 2
     squares.fill_diagonal_(math.inf)
     scores = squares.sort(dim=1).values[:, : n - f - 2].sum(dim=1).tolist()
     return sorted(range(n), key=lambda i: (scores[i], i))
@@ -183,13 +188,15 @@ def weiszfeld(products: Tensor, weights: Sequence[float]) -> list[float]:
     """
     given = torch.tensor(weights, dtype=torch.float64)
     given = given / given.sum()
+    # Between most of the points, so that a few far ones do not set it; where most coincide, anything small will do.
+    apart = distances(products)
+    floor = SMOOTHING * float(apart.median(dim=1).values.median() or apart.max())
+    if not floor:
+        return [float(s) for s in given]
     share = given
     for _ in range(MOST_STEPS):
-        distances = (products.diagonal() - 2 * products @ share + share @ products @ share).clamp(min=0).sqrt()
-        floor = SMOOTHING * float(distances.median())
-        if not floor:  # the mean lies on most of them already
-            break
-        nearer = given / distances.clamp(min=floor)
+        away = (products.diagonal() - 2 * products @ share + share @ products @ share).clamp(min=0).sqrt()
+        nearer = given / away.clamp(min=floor)
         nearer = nearer / nearer.sum()
         still = float((nearer - share).abs().max()) < STANDSTILL
         share = nearer

@@ -19,8 +19,8 @@ from fedgen_app.federation.roster import Roster, in_order
 from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import merged
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.export import card, exported_file, load_peft, save_peft, shape_row, span
-from fedgen_app.learning.task import Metrics, Sample, Task
+from fedgen_app.learning.export import card, exported_file, load_peft, save_peft, shape_row, span, usage_of
+from fedgen_app.learning.task import Examples, Metrics, Sample, Task
 from fedgen_app.runs import report, signs
 from fedgen_app.runs.folder import (
     Checkpoint,
@@ -111,11 +111,12 @@ class Session:
         if text := report.line({"event": kind, **fields}):
             log(INFO, text)
 
-    def begin(self, task: Task, method: Method, backbone: Backbone) -> None:
+    def begin(self, task: Task, method: Method, backbone: Backbone, test: Examples | None) -> None:
         """Make or restore the state, and say in results.json what the run stands on.
 
         Raises:
-            CheckpointError: the run was made with another backbone.
+            CheckpointError: the run was made with another backbone, or measured in another way.
+            SettingsError: a setting does not suit the backbone.
             AdapterError: ``lora.init`` does not fit.
         """
         self._task, self._method, self._backbone = task, method, backbone
@@ -128,6 +129,7 @@ class Session:
             made = self.checkpoint.facts["fingerprint"]
             if made != backbone.fingerprint:
                 raise CheckpointError(f"the run was made with backbone {made}, this one is {backbone.fingerprint}")
+        task.check(self.settings, backbone, test, self.frozen)
         size = sum(tensor.numel() for tensor in self.state.adapter.values())
         self.results |= report.foundation(backbone, self.settings.lora.rank, size)
         self.results |= {"rounds": self.history, "frozen": self.frozen, "left_out": self.left_out}
@@ -171,9 +173,23 @@ class Session:
         alpha = self.settings.partition.alpha if split.by != "iid" else None
         self.results["partition"] = {"by": split.by, "alpha": alpha, "clients": roster.simulated}
 
+    def count_skipped(self, roster: Roster, test: Examples | None) -> None:
+        """How many records could not be read: to train on (on devices client by client too), and to test on."""
+        self._roster, self._test = roster, test
+        members = {str(client): roster.members[client].skipped for client in in_order(roster.members)}
+        of = {client: count for client, count in members.items() if count}
+        total = max(of.values(), default=0) if roster.simulated else sum(of.values())
+        by_client = {} if roster.simulated else of
+        self.results["data"] = {
+            "skipped": total,
+            "skipped_by_client": by_client,
+            "skipped_test": test.skipped if test else 0,
+        }
+
     def finish(self, state: GlobalState) -> None:
         """Export the global adapter, generate samples, write the results."""
         task, backbone = self._task, self._backbone
+        self.count_skipped(self._roster, self._test)  # again: newcomers came meanwhile
         self.results["final"] = report.final(self.results)
         self.results["signs"] = signs.signs(self.results)
         facts = self._facts()
@@ -185,7 +201,8 @@ class Session:
         if self._method.has_global:
             whole = merged(state.adapter, state.residual, lambda rank: lora_of(self.settings).at(rank).scaling)
             facts |= shape_row(self.settings, whole)
-            text = card(backbone, self.settings, "global adapter", note, facts, measured, task.usage(backbone))
+            usage = usage_of(task, self.settings, backbone)
+            text = card(backbone, self.settings, "global adapter", note, facts, measured, usage)
             save_peft(self.folder.path / "global", backbone, whole, text)
             task.export(self.folder.path / "global", backbone, whole)
         if self.settings.samples.count:
@@ -236,9 +253,11 @@ class Session:
 
 
 # What may differ when a run goes on: where it lies, who computes it, how patiently, what is kept and shown.
-# Not how images are drawn (samples.steps, ...): what is measured hangs on it.
+# Not how images are drawn (samples.steps, ...): what is measured hangs on it. Where the feature extractor comes from
+# may differ, as Task.check compares which one it is.
 FREE_ON_RESUME = (
     *("output-dir", "resume-from", "resume-round", "expected-clients", "device", "keep-checkpoints"),
+    "metrics.features",
     *("samples.count", "samples.per-prompt", "samples.every", "samples.prompts", "samples.length", "samples.batch"),
 )
 FREE_GROUPS = ("round.",)

@@ -336,8 +336,13 @@ class FedLora(Strategy):
                 "logs say why"
             )
 
-    def personalise(self, grid: Grid) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def personalise(
+        self, grid: Grid, metrics: Mapping[str, tuple[str, ...]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Every client that is there fine-tunes the final adapter and measures it; only metrics come back.
+
+        Args:
+            metrics: What a client may send, and the places in its entry (``Task.client_metrics``).
 
         Returns:
             The entries of ``personal`` in results.json, in client order, and the clients that could not be used.
@@ -357,13 +362,10 @@ class FedLora(Strategy):
             try:
                 if self.roster.members[client].node in replies.unreadable:
                     raise admission.Rejected(*UNREADABLE)
-                entries.append({"client": client, **admission.personal_metrics(found.get(client), number)})
+                entries.append({"client": client, **admission.personal_metrics(found.get(client), number, metrics)})
             except admission.Rejected as rejection:
                 self._reject(outcome, number, client, rejection)
-        entries, others = admission.comparable(entries, self.settings.admission.max_weight)
-        for client in others:
-            self._reject(outcome, number, client, admission.Rejected("metrics", "other metrics than most clients"))
-        return entries, outcome.rejected
+        return admission.cap_examples(entries, self.settings.admission.max_weight), outcome.rejected
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -188,6 +188,20 @@ def reply(
     return RecordDict(records | {"reply": ConfigRecord(known)})
 
 
+def figures(state: str, measured: Mapping[str, Any], classes: Sequence[str]) -> dict[str, int | float]:
+    """A client's metrics in one state under the names that travel; those by class under the class's number.
+
+    A class that the server does not know has no number: neither its name nor its figure is sent.
+    """
+    found: dict[str, int | float] = {}
+    for name, value in measured.items():
+        if isinstance(value, Mapping):
+            found |= {f"{state}.{name}_{n}": value[each] for n, each in enumerate(classes) if each in value}
+        else:
+            found[f"{state}.{name}"] = value
+    return found
+
+
 def byte_size(message: Message) -> int:
     """Bytes of a message as serialised for the network, all of its objects together."""
     if message.has_error():

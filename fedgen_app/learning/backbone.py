@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +29,15 @@ from fedgen_app.learning.task import Task
 from fedgen_app.learning.whole import WholeModel
 from fedgen_app.settings import LoraSettings, Settings, looks_like_path
 
+# Keys of configurations that change nothing of what is computed.
+NOTES = frozenset(
+    (
+        *("_name_or_path", "name_or_path", "_commit_hash", "_diffusers_version", "transformers_version"),
+        *("torch_dtype", "dtype", "use_cache", "chat_template"),
+        # What transformers notes of the machine on which a tokenizer was saved.
+        *("backend", "is_local", "local_files_only", "tokenizer_file", "special_tokens_map_file", "cache_dir"),
+    )
+)
 # Layers whose adapter has an A and a B that aggregation understands.
 ADAPTED = (torch.nn.Linear, torch.nn.Conv2d, Conv1D)
 
@@ -38,7 +48,7 @@ class Backbone:
 
     Attributes:
         reference: What the export's ``base_model_name_or_path`` says: a folder or a hub id.
-        fingerprint: SHA-256 over the source weights, however they are held in memory.
+        fingerprint: SHA-256 over the source weights, however they are held in memory, and the configuration.
         parameters: Of the frozen model, tied weights once.
         layout: Of what learns: the adapter, or all weights.
     """
@@ -113,6 +123,8 @@ def find(source: str, revision: str, task: Task) -> Path:
     Raises:
         BackboneError: the folder is not there, or the hub is out of reach.
     """
+    if source == "bundled" and not task.bundled_backbone:
+        raise BackboneError("backbone = 'bundled': this task has none; set backbone to a folder")
     if source == "bundled":
         return fedgen_assets.path(task.bundled_backbone)
     if looks_like_path(source):
@@ -133,8 +145,37 @@ def find(source: str, revision: str, task: Task) -> Path:
         ) from None
 
 
-def fingerprint(folder: Path, files: Sequence[Path]) -> str:
+def facts_of(file: Path) -> object:
+    """What a configuration says of the function that is computed; of a file that is no JSON its digest.
+
+    Without notes of who wrote it, where it lies and how weights are held, so that copies of one model are alike.
+
+    Raises:
+        BackboneError: it is damaged.
+    """
+    content = file.read_bytes()
+    if file.suffix != ".json":
+        return hashlib.sha256(content).hexdigest()
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise BackboneError(f"{file}: damaged: {error}") from None
+    # Elsewhere, in a vocabulary, the same words are tokens.
+    return _without_notes(found) if file.name.endswith("config.json") else found
+
+
+def _without_notes(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    kept = {key: value for key, value in config.items() if key not in NOTES}
+    return {key: _without_notes(value) if key.endswith("_config") else value for key, value in kept.items()}
+
+
+def fingerprint(folder: Path, files: Sequence[Path], config: Mapping[str, object] | None = None) -> str:
     """``sha256:...`` over names, types, shapes and bytes of the files' weights, however they are cut into files.
+
+    Args:
+        config: What else decides what is computed, by name: JSON values, such as ``facts_of`` gives.
 
     Raises:
         BackboneError: the folder has no safetensors weights, or a damaged file.
@@ -152,6 +193,7 @@ def fingerprint(folder: Path, files: Sequence[Path]) -> str:
                 tensor = weights.get_tensor(name.rpartition("/")[2])
             whole.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             whole.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        whole.update(json.dumps(config or {}, sort_keys=True, separators=(",", ":")).encode())
     except SafetensorError as error:
         raise BackboneError(f"{folder}: damaged weights: {error}") from None
     return f"sha256:{whole.hexdigest()}"
@@ -224,7 +266,7 @@ def _open(
     folder = find(source, revision, task)
     place = pick_device(device)
     held = pick_dtype(dtype, place) if weights == "adapter" else torch.float32
-    marks = fingerprint(folder, task.weight_files(folder))
+    marks = fingerprint(folder, task.weight_files(folder), task.config(folder))
     loaded = task.load_backbone(folder, held, place, lora)
     loaded.model.requires_grad_(False)
     count = sum(p.numel() for p in loaded.model.parameters())

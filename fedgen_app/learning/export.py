@@ -14,8 +14,9 @@ from fedgen_app.errors import AdapterError
 from fedgen_app.files import write_atomic
 from fedgen_app.learning.adapters import Adapter, load_adapter, rank_of, save_adapter
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.task import Metrics
+from fedgen_app.learning.task import Metrics, Task
 from fedgen_app.learning.whole import WholeModel
+from fedgen_app.runs.report import number
 from fedgen_app.settings import Settings
 
 ADAPTER_FILE, WHOLE_FILE = "adapter_model.safetensors", "model.safetensors"
@@ -90,6 +91,18 @@ def export_personal(
     save_peft(folder, backbone, adapter, card(backbone, settings, "personal adapter", note, facts, measured, usage))
 
 
+def usage_of(task: Task, settings: Settings, backbone: Backbone) -> Sequence[str]:
+    """Lines of Python that load an export: the task's own, or, where all weights learned, those for any model."""
+    if not isinstance(backbone.model, WholeModel):
+        return task.usage(settings, backbone)
+    return [
+        "from safetensors.torch import load_file",
+        "",
+        f'weights = load_file(FOLDER + "/{WHOLE_FILE}")  # the folder of this file',
+        "model.load_state_dict(weights, strict=False)  # model: the base model, or of a pipeline its denoiser",
+    ]
+
+
 def span(epochs: int, max_steps: int) -> str:
     """How long something trained, in words."""
     return f"{epochs} epoch{'' if epochs == 1 else 's'}" + (f", {max_steps} steps at most" if max_steps else "")
@@ -147,11 +160,6 @@ def card(
     )
 
 
-def shown(value: object) -> str:
-    """A metric in a table: four significant figures; a name as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
     return [*lines, ""]
@@ -161,5 +169,8 @@ def _metrics(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
     names = sorted({n for found in measured.values() for n, v in found.items() if isinstance(v, int | float | str)})
     if not names:
         return []
-    rows = [[state, *(shown(found.get(name, "")) for name in names)] for state, found in measured.items()]
+    rows = [
+        [state, *(v if isinstance(v := found.get(name, ""), str) else number(v) for name in names)]
+        for state, found in measured.items()
+    ]
     return ["\n## Measured\n", *_table(("adapter", *names), rows)]

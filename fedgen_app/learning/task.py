@@ -16,7 +16,7 @@ from fedgen_app.settings import LoraSettings, Settings
 if TYPE_CHECKING:
     from fedgen_app.learning.backbone import Backbone
 
-# Numbers by name. The server's may hold more: a name ("features"), or numbers by class.
+# Numbers by name, and numbers by class. The server's may hold a name as well ("features").
 Metrics = dict[str, Any]
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
@@ -52,12 +52,14 @@ class Examples:
         counts: What the metrics count (words, bytes, ...).
         shared: Tensors that rows point into (the embeddings of distinct captions); every batch has them whole.
         reference: What generated things are compared with; None where nothing is to be generated.
+        skipped: Records of the source that could not be read and are left out.
     """
 
     rows: Batch
     counts: Mapping[str, int] = field(default_factory=dict)
     shared: Batch = field(default_factory=dict)
     reference: Any = None
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
@@ -65,10 +67,17 @@ class Examples:
 
 @dataclass(frozen=True)
 class LocalData:
-    """What one client owns: its training rows and its hold-out."""
+    """What one client owns: its training rows and its hold-out.
+
+    Attributes:
+        classes: Names that the server knows as well, in the same order: metrics by class travel under their numbers.
+        skipped: Records of the whole source (in a simulation all clients') that could not be read and are left out.
+    """
 
     train: Examples
     holdout: Examples
+    classes: tuple[str, ...] = ()
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,39 +104,52 @@ class Task:
     Attributes:
         lora_targets: Names of the layers that carry the adapter where the settings name none.
         hub_files: Patterns of the files that a backbone on the hub consists of.
-        weight_files: Those of a backbone's files whose weights are used; its fingerprint is theirs.
+        weight_files: Those of a backbone's files whose weights are used.
+        config: What else decides what a backbone computes (``facts_of`` its schedule, its tokenizer, ...), by name. The
+            fingerprint is of both.
         load_backbone: Reads the frozen model from a folder.
         save_memory: Makes the model compute activations again in the backward pass instead of keeping them.
         load_data: What one client owns, as rows of tensors.
         load_test: The server's own test set; None where the data set has none.
         split: Who owns which documents in a simulation of so many clients.
+        check: Called once on the server before any client works, with its test set and, where the run goes on, the
+            frozen backbone's metrics as they were; raises for what would fail or mislead later, and warns of what
+            will take long.
         loss: The function that training minimises: mean loss of a batch.
         evaluate: Metrics of the model as it is now; the seed fixes whatever noise they need.
+        client_metrics: The names of the numbers that a client may send, each with its place in the client's entry of
+            results.json: ``{"kid": ("kid",), "kid_by_class_3": ("kid_by_class", "bag")}``. Only the server asks.
         sample: Generates from the model as it is now, one thing per prompt: (settings, backbone, prompts, seed).
+        takes: Which of ``fedgen generate``'s options mean something: some of "prompt", "length" and "steps".
         prompts: What to generate from where the user names nothing.
         render: One file's bytes that show samples.
         save_samples: Writes named lists of samples into a folder.
         export: Writes what other software than PEFT opens, beside the adapter in PEFT's format.
-        usage: Lines of Python for the model card that load the adapter from FOLDER.
-        bundled_backbone: The name of the bundled backbone under ``fedgen_assets``.
+        usage: Lines of Python for the model card that load the adapter from FOLDER; ``dataset`` of the settings it is
+            given is what lies on this machine.
+        bundled_backbone: The name of the bundled backbone under ``fedgen_assets``; "" where there is none.
         train: A training loop of the task's own with the arguments of ``training.train``; None: that one.
     """
 
     lora_targets: Callable[[nn.Module, LoraSettings], tuple[str, ...]]
     hub_files: tuple[str, ...]
     weight_files: Callable[[Path], list[Path]]
+    config: Callable[[Path], Mapping[str, object]]
     load_backbone: Callable[[Path, torch.dtype, torch.device, LoraSettings], Loaded]
     save_memory: Callable[[nn.Module], None]
     load_data: Callable[[Settings, Backbone, Share], LocalData]
     load_test: Callable[[Settings, Backbone], Examples | None]
     split: Callable[[Settings, Backbone, int], Partition]
+    check: Callable[[Settings, Backbone, Examples | None, Metrics | None], None]
     loss: Callable[[Settings, Backbone], Loss]
     evaluate: Callable[[Settings, Backbone, Examples, int], Metrics]
+    client_metrics: Callable[[Settings, Backbone], Mapping[str, tuple[str, ...]]]
     sample: Callable[[Settings, Backbone, Sequence[str], int], list[Sample]]
+    takes: Callable[[Backbone], frozenset[str]]
     prompts: Callable[[Settings, Backbone], tuple[str, ...]]
     render: Render
     save_samples: Callable[[Path, Mapping[str, Sequence[Sample]]], None]
     export: Callable[[Path, Backbone, Mapping[str, Tensor]], None]
-    usage: Callable[[Backbone], Sequence[str]]
+    usage: Callable[[Settings, Backbone], Sequence[str]]
     bundled_backbone: str
     train: Callable[..., Any] | None = None

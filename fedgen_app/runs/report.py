@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ SCHEMA = 1
 
 
 # What the closing table shows of a task's metrics: the first of these that was measured.
-HEADLINES = ("word_perplexity", "fid", "kid", "denoising_loss")
+HEADLINES = ("word_perplexity", "bits_per_dim", "fid", "kid", "denoising_loss", "sliced_wasserstein")
 
 
 # Generated images that vary less than this fraction of real ones are worth a warning: the generator may have collapsed.
@@ -56,15 +57,32 @@ def split_line(partition: Mapping[str, Any] | None) -> str:
     return f"{partition['by']}{dealt}, {partition['clients']} simulated clients"
 
 
-def weighted(entries: Sequence[Mapping[str, Any]], state: str) -> dict[str, float]:
-    """Mean of the clients' metrics in one state, weighted by their training examples."""
-    total = sum(entry["examples"] for entry in entries)
-    names = entries[0][state] if entries else {}
-    return {name: sum(e["examples"] * e[state][name] for e in entries) / total for name in names}
+def weighted(entries: Sequence[Mapping[str, Any]], state: str) -> dict[str, Any]:
+    """Mean of the clients' metrics in one state, weighted by their training examples.
+
+    Each metric, and each class's, over the clients that measured it: one with too few images for KID has a loss.
+    """
+    return _mean([(entry["examples"], entry[state]) for entry in entries])
+
+
+def _mean(measured: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    means: dict[str, Any] = {}
+    for name in sorted({name for _, found in measured for name in found}):
+        there = [(examples, found[name]) for examples, found in measured if name in found]
+        if isinstance(there[0][1], Mapping):
+            means[name] = _mean(there)
+        else:
+            means[name] = sum(n * value for n, value in there) / sum(n for n, _ in there)
+    return means
+
+
+def measured_by(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many clients measured each metric."""
+    return dict(sorted(Counter(name for entry in entries for name in entry["global"]).items()))
 
 
 def final(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``final`` entry: metrics and their source, the personal means, what was sent.
+    """The ``final`` entry: metrics and their source, the personal means and over how many clients, what was sent.
 
     The uplink per client and round is the mean over all admitted replies of the run.
     """
@@ -80,6 +98,7 @@ def final(results: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": measured if measured is not None else means["global"] if means else None,
         "source": source,
         "personal": means,
+        "personal_clients": measured_by(personal),
         "uplink_bytes_per_client_round": uplink,
         "full_model_bytes": full,
         "uplink_reduction": 1 - uplink / full if uplink is not None else None,
@@ -139,7 +158,7 @@ def _metrics(metrics: Mapping[str, Any] | None) -> str:
 
 def basis(metrics: Mapping[str, Any]) -> str:
     """What a distance between images is worth: the extractor, n, and what real images have among themselves."""
-    if "features" not in metrics:
+    if headline(metrics) not in ("fid", "kid"):
         return ""
     floor = f", floor {number(metrics['fid_floor'])}" if "fid_floor" in metrics else ""
     return f" (n {metrics['samples']}, {metrics['features']}{floor})"
@@ -173,7 +192,10 @@ def table(results: Mapping[str, Any]) -> tuple[tuple[str, str], list[tuple[str, 
     means = done.get("personal") or {}
     by_server = done.get("source") == "server"
     metric = headline(done.get("metrics") if by_server else results["frozen"])
-    local = headline(means.get("global"))
+    # What every client measured comes before what few of them did.
+    clients = done.get("personal_clients") or {}
+    most = max(clients.values(), default=0)
+    local = headline({name: v for name, v in means.get("global", {}).items() if clients.get(name, most) == most})
     server = {
         "frozen": (results["frozen"] or {}).get(metric),
         "global": (done.get("metrics") or {}).get(metric) if by_server else None,

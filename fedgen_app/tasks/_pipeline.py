@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,13 +17,22 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel
 
 from fedgen_app.errors import BackboneError, SettingsError
+from fedgen_app.learning.backbone import facts_of
 
 Condition = Literal["none", "class", "text"]
 
 INDEX = "model_index.json"
 DENOISERS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+# The parts that generating needs, and where each describes itself; a tokenizer's files all do.
+CONFIG = {
+    **dict.fromkeys(("unet", "transformer", "vae", "text_encoder"), "config.json"),
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "*",
+}
 # Copies of the same weights in other types, and parts that are no part of generating.
-OTHER_COPIES = (".fp16.", ".bf16.", "non_ema", "safety_checker", "flax", "openvino")
+OTHER_COPIES = (".fp16", ".bf16", "non_ema", "safety_checker", "flax", "openvino")
+HALF = re.compile(r"\.(fp|bf)16|\.?non_ema")
+DESCRIBED = (".json", ".txt", ".model")  # endings of what a tokenizer is made of
 # What the oldest pipelines, such as google/ddpm-cifar10-32, have in no folder of its own.
 AT_ROOT = ("unet", "scheduler")
 ENCODED = 64  # prompts per forward pass of a text encoder
@@ -141,14 +151,6 @@ class Pipeline:
         pieces = torch.split(self.tokens(prompts), ENCODED)
         return torch.cat([self.text_encoder(p.to(self.device)).last_hidden_state.float().cpu() for p in pieces])
 
-    def digest(self, *parts: str) -> str:
-        """sha256 of these parts' files other than weights: how a tokenizer cuts, how an autoencoder is built."""
-        sha = hashlib.sha256()
-        for file in sorted(f for part in parts for f in (self.folder / part).glob("*") if f.is_file()):
-            if file.suffix in (".json", ".txt", ".model"):
-                sha.update(f"{file.relative_to(self.folder)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
-        return sha.hexdigest()
-
     def class_of(self, label: str) -> int:
         """The number of a class from its name or its number.
 
@@ -219,12 +221,36 @@ def components(folder: Path) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weights of the parts that generate, each once."""
+    """The weights of the parts that generate, each once.
+
+    Raises:
+        BackboneError: a part's weights are there as another copy only.
+    """
     parts = components(folder)
-    files = [f for part in sorted(parts) for f in sorted((folder / part).glob("*.safetensors"))]
-    if "unet" in parts and place_of(folder, "unet") == folder:
-        files += sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    return [f for f in files if not any(mark in str(f.relative_to(folder)) for mark in OTHER_COPIES)]
+    found: list[Path] = []
+    for part in sorted(parts):
+        at_root = part == "unet" and place_of(folder, part) == folder
+        pattern = "diffusion_pytorch_model*.safetensors" if at_root else f"{part}/*.safetensors"
+        files = sorted(folder.glob(pattern))
+        plain = [f for f in files if not any(mark in str(f.relative_to(folder)) for mark in OTHER_COPIES)]
+        if files and not plain and part in CONFIG:
+            name = files[0].name
+            raise BackboneError(
+                f"{folder}: of {part} there is only {name}: rename it to {re.sub(HALF, '', name)}, and so with other "
+                "parts; or download the files without such a mark in their names too"
+            )
+        found += plain
+    return found
+
+
+def config(folder: Path) -> dict[str, object]:
+    """What beside the weights decides what is generated: the kinds of the parts, their configurations, the classes."""
+    parts = components(folder)
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    named = {part: kind for part, kind in parts.items() if part in CONFIG or part == "pipeline"}
+    files = [f for part in named if part in CONFIG for f in sorted(place_of(folder, part).glob(CONFIG[part]))]
+    facts = {str(f.relative_to(folder)): facts_of(f) for f in files if f.suffix in DESCRIBED}
+    return {INDEX: [named, index.get("id2label")], **facts}
 
 
 def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Pipeline]:
@@ -238,28 +264,8 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> tup
     if part is None or "scheduler" not in parts:
         found = ", ".join(f"{p} ({kind})" for p, kind in parts.items() if p != "pipeline")
         raise BackboneError(f"{folder}: no denoiser that is known here ({', '.join(DENOISERS)}) among {found}")
-    kind = getattr(diffusers, parts[part])
-    model = _component(kind, folder, part, dtype, device)
-    config = model.config
-    beside = ["addition_embed_type", "encoder_hid_dim_type"]
-    if parts[part] == "UNet2DConditionModel":
-        beside += ["class_embed_type", "num_class_embeds"]
-    if any(config.get(name) for name in beside):
-        raise BackboneError(
-            f"{folder}: its UNet wants more than a prompt's hidden states (as SDXL's does): not known here"
-        )
-    condition: Condition = "none"
-    classes = int(config.get("num_class_embeds") or 0)
-    if parts[part] == "UNet2DConditionModel":
-        condition = "text"
-        if parts.get("text_encoder") != "CLIPTextModel" or "tokenizer" not in parts:
-            raise BackboneError(f"{folder}: a UNet2DConditionModel needs a tokenizer and a CLIPTextModel beside it")
-    elif parts[part] == "DiTTransformer2DModel":
-        condition, classes = "class", int(config.get("num_embeds_ada_norm") or 1000)
-    elif classes:
-        condition = "class"
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    names = {int(number): name for number, name in (index.get("id2label") or {}).items()}
+    model = _component(getattr(diffusers, parts[part]), folder, part, dtype, device)
+    condition, classes = _told(folder, parts, part, model.config)
     schedule = _facts(folder, "scheduler", "scheduler_config.json")
     if "beta_schedule" not in schedule and "trained_betas" not in schedule:
         raise BackboneError(f"{folder}: its {parts['scheduler']} has no beta schedule (flow matching?): not known here")
@@ -269,24 +275,56 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> tup
         denoiser=parts[part],
         part=part,
         condition=condition,
-        channels=int(config["in_channels"]),
-        side=_side(config.get("sample_size"), folder),
-        levels=len(config.get("block_out_channels") or (1,)),
+        channels=int(model.config["in_channels"]),
+        side=_side(model.config.get("sample_size"), folder),
+        levels=len(model.config.get("block_out_channels") or (1,)),
         class_count=classes,
-        classes=tuple(str(names.get(number, number)) for number in range(classes)) if names else (),
+        classes=_class_names(folder, classes),
         schedule=schedule,
         has_vae="vae" in parts,
         device=device,
         dtype=dtype,
     )
-    if pipeline.has_vae and parts["vae"] != "AutoencoderKL":
-        raise BackboneError(f"{folder}: its autoencoder is a {parts['vae']}, not an AutoencoderKL")
-    if pipeline.has_vae and pipeline.channels != pipeline.latent["channels"]:
-        made = int(pipeline.latent["channels"])
-        raise BackboneError(
-            f"{folder}: its denoiser takes {pipeline.channels} channels, its autoencoder makes {made} (inpainting?)"
-        )
+    if pipeline.has_vae:
+        _fits(pipeline, parts["vae"])
     return model, pipeline
+
+
+def _told(folder: Path, parts: Mapping[str, str], part: str, config: Mapping[str, Any]) -> tuple[Condition, int]:
+    """What the denoiser is told beside the noisy image, and how many classes there are."""
+    beside = ["addition_embed_type", "encoder_hid_dim_type"]
+    if parts[part] == "UNet2DConditionModel":
+        beside += ["class_embed_type", "num_class_embeds"]
+    if any(config.get(name) for name in beside):
+        raise BackboneError(
+            f"{folder}: its UNet wants more than a prompt's hidden states (as SDXL's does): not known here"
+        )
+    if parts[part] == "DiTTransformer2DModel":
+        return "class", int(config.get("num_embeds_ada_norm") or 1000)
+    if parts[part] == "UNet2DConditionModel":
+        if parts.get("text_encoder") != "CLIPTextModel" or "tokenizer" not in parts:
+            raise BackboneError(f"{folder}: a UNet2DConditionModel needs a tokenizer and a CLIPTextModel beside it")
+        return "text", 0
+    classes = int(config.get("num_class_embeds") or 0)
+    return ("class" if classes else "none"), classes
+
+
+def _class_names(folder: Path, count: int) -> tuple[str, ...]:
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    names = {int(number): name for number, name in (index.get("id2label") or {}).items()}
+    return tuple(str(names.get(number, number)) for number in range(count)) if names else ()
+
+
+def _fits(pipeline: Pipeline, kind: str) -> None:
+    """Whether the autoencoder is one that is known here and makes what the denoiser takes."""
+    if kind != "AutoencoderKL":
+        raise BackboneError(f"{pipeline.folder}: its autoencoder is a {kind}, not an AutoencoderKL")
+    made = int(pipeline.latent["channels"])
+    if pipeline.channels != made:
+        raise BackboneError(
+            f"{pipeline.folder}: its denoiser takes {pipeline.channels} channels, its autoencoder makes {made} "
+            "(inpainting?)"
+        )
 
 
 def _side(size: object, folder: Path) -> int:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fedgen_app.errors import BackboneError, SettingsError
-from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.backbone import Backbone, facts_of
 from fedgen_app.learning.task import Batch, Examples, Loaded, Metrics, Render, Sample, Task
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
@@ -30,6 +30,11 @@ TARGETS: tuple[tuple[str, ...], ...] = (
     ("q", "v"),
     ("Wqkv",),
 )
+CONFIG = (
+    *("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+METRICS = ("word_perplexity", "token_perplexity", "bits_per_byte")
 PROMPTS = ("And it came to pass", "My fellow citizens,", "The captain")
 
 
@@ -73,6 +78,11 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: 
     return Loaded(cast(nn.Module, model).to(device), tokenizer)
 
 
+def config(folder: Path) -> dict[str, object]:
+    """The model's configuration and all that its tokenizer reads."""
+    return {name: facts_of(folder / name) for name in CONFIG if (folder / name).is_file()}
+
+
 def save_memory(model: nn.Module) -> None:
     """Gradient checkpointing."""
     cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -110,11 +120,12 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
     """
     nats = negative_log_likelihood(backbone, examples)
     counts = examples.counts
-    return {
-        "word_perplexity": math.exp(min(nats / max(1, counts["words"]), 690.0)),
-        "token_perplexity": math.exp(min(nats / max(1, counts["tokens"]), 690.0)),
-        "bits_per_byte": nats / math.log(2) / max(1, counts["bytes"]),
-    }
+    figures = (
+        math.exp(min(nats / max(1, counts["words"]), 690.0)),
+        math.exp(min(nats / max(1, counts["tokens"]), 690.0)),
+        nats / math.log(2) / max(1, counts["bytes"]),
+    )
+    return dict(zip(METRICS, figures, strict=True))
 
 
 def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:
@@ -163,13 +174,14 @@ def save_samples(folder: Path, samples: Mapping[str, Sequence[Sample]]) -> None:
         (folder / f"{name}.txt").write_bytes(encode(texts))
 
 
-def usage(backbone: Backbone) -> list[str]:
+def usage(settings: Settings, backbone: Backbone) -> list[str]:
     """How to load the adapter with PEFT."""
+    revision = f", revision={backbone.revision!r}" if backbone.revision else ""
     return [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({backbone.reference!r})",
+        f"base = AutoModelForCausalLM.from_pretrained({backbone.reference!r}{revision})",
         "model = PeftModel.from_pretrained(base, FOLDER)  # the folder of this file",
     ]
 
@@ -178,14 +190,18 @@ TASK = Task(
     lora_targets=lora_targets,
     hub_files=("*.json", "*.safetensors", "*.model", "*.txt", "README.md"),
     weight_files=lambda folder: sorted(folder.rglob("*.safetensors")),
+    config=config,
     load_backbone=load_backbone,
     save_memory=save_memory,
     load_data=load_data,
     load_test=load_test,
     split=split,
+    check=lambda settings, backbone, test, frozen: None,
     loss=lambda settings, backbone: cross_entropy,
     evaluate=evaluate,
+    client_metrics=lambda settings, backbone: {name: (name,) for name in METRICS},
     sample=sample,
+    takes=lambda backbone: frozenset(("prompt", "length")),
     prompts=prompts,
     render=Render(".txt", encode, printable=True),
     save_samples=save_samples,

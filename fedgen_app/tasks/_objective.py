@@ -1,0 +1,124 @@
+"""What a denoiser learns and what its loss on images is: noise, velocity or the image, of pixels or latents."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.task import Batch, Examples, Loss
+from fedgen_app.settings import Settings
+from fedgen_app.tasks._denoiser import predict, told
+from fedgen_app.tasks._pipeline import Pipeline
+
+MEASURED_ROWS = 64  # per forward pass of an evaluation
+PLAIN_PLACES = 256  # at most: attention over so few may keep the products of all pairs
+LEAST_DRAWS = 512  # of noise in an evaluation: a small hold-out is measured several times over
+
+
+def _clean(pipeline: Pipeline, batch: Batch, noise: torch.Generator) -> Tensor:
+    """The denoiser's noise-free input: pixels in -1..1, or one draw of each latent, scaled."""
+    if not pipeline.has_vae:
+        return batch["pixels"].float() / 127.5 - 1
+    mean, log_variance = batch["moments"].chunk(2, dim=1)
+    spread = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))  # as AutoencoderKL bounds it
+    drawn = torch.randn(mean.shape, generator=noise, device=mean.device)
+    return (mean + spread * drawn - pipeline.latent["shift"]) * pipeline.latent["factor"]
+
+
+def _errors(
+    pipeline: Pipeline,
+    model: nn.Module,
+    batch: Batch,
+    timesteps: Tensor,
+    noise: torch.Generator,
+    numbers: Tensor | None,
+) -> Tensor:
+    """Mean squared error of every row's prediction, (n,): of the noise, or of the velocity."""
+    clean = _clean(pipeline, batch, noise)
+    drawn = torch.randn(clean.shape, generator=noise, device=clean.device)
+    noisy = pipeline.noise.add_noise(clean, drawn, timesteps)
+    kind = pipeline.noise.config.prediction_type
+    if kind == "v_prediction":
+        target = pipeline.noise.get_velocity(clean, drawn, timesteps)
+    else:
+        target = drawn if kind == "epsilon" else clean
+    predicted = predict(pipeline, model, noisy, timesteps, told(pipeline, model, batch, numbers))
+    return cast(Tensor, (predicted - target) ** 2).flatten(1).mean(1)
+
+
+def _weights(pipeline: Pipeline, timesteps: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weights (arXiv 2303.09556, equation 4 and its form for v prediction), (n,)."""
+    snr: Tensor = cast(Any, compute_snr)(pipeline.noise, timesteps).clamp(min=1e-8)
+    kind = pipeline.noise.config.prediction_type
+    capped = snr.clamp(max=gamma)
+    return capped / (snr + 1) if kind == "v_prediction" else capped / snr if kind == "epsilon" else capped
+
+
+def _numbers(pipeline: Pipeline, batch: Batch) -> Tensor | None:
+    return {"text": batch.get("caption"), "class": batch.get("class"), "none": None}[pipeline.condition]
+
+
+def _plain_attention(settings: Settings, backbone: Backbone) -> bool:
+    """Whether training is faster with plain products in the attention of a UNet, and has the memory for them.
+
+    On a CPU the fused attention's backward pass is slow: without it a step of the bundled UNet takes 0.7 of the time.
+    """
+    pipeline, model = cast(Pipeline, backbone.processor), cast(Any, backbone.model.get_base_model())
+    blocks = (model.unet if pipeline.learns_text else model).config.get("down_block_types", ())
+    level = next((level for level, kind in enumerate(blocks) if "Attn" in kind), len(blocks) - 1)
+    places = (pipeline.side_for(settings.resolution) >> max(level, 0)) ** 2
+    return backbone.device.type == "cpu" and places <= PLAIN_PLACES
+
+
+def loss(settings: Settings, backbone: Backbone) -> Loss:
+    """The denoising objective of DDPM (arXiv 2006.11239, equation 14), of the noise or the velocity.
+
+    A fraction ``diffusion.caption-dropout`` of the captions is left out, for guidance (arXiv 2207.12598). A DiT leaves
+    out classes itself.
+    """
+    pipeline = cast(Pipeline, backbone.processor)
+    gamma, dropout = settings.diffusion.min_snr, settings.diffusion.caption_dropout
+    plain = not settings.gradient_checkpointing and _plain_attention(settings, backbone)
+
+    def denoising(model: nn.Module, batch: Batch, noise: torch.Generator) -> Tensor:
+        rows = next(batch[name] for name in ("pixels", "moments") if name in batch)
+        timesteps = torch.randint(len(pipeline.noise), (len(rows),), generator=noise, device=rows.device)
+        numbers = _numbers(pipeline, batch)
+        if pipeline.condition == "text" and numbers is not None and dropout:
+            left_out = torch.rand(len(rows), generator=noise, device=rows.device) < dropout
+            numbers = numbers.masked_fill(left_out, 0)
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            errors = _errors(pipeline, model, batch, timesteps, noise, numbers)
+        return (errors * _weights(pipeline, timesteps, gamma) if gamma else errors).mean()
+
+    return denoising
+
+
+@torch.inference_mode()
+def denoising_loss(backbone: Backbone, examples: Examples, seed: int) -> float:
+    """Mean squared error over the rows, unweighted, at timesteps spread evenly; the seed fixes the noise.
+
+    Every row is measured equally often, and a small set several times over.
+    """
+    pipeline = cast(Pipeline, backbone.processor)
+    backbone.model.eval()
+    noise = torch.Generator(backbone.device).manual_seed(seed)
+    count = len(examples)
+    draws = -(-LEAST_DRAWS // count)
+    shuffled = torch.randperm(count * draws, generator=torch.Generator().manual_seed(seed))
+    steps = (shuffled.double() + 0.5) * len(pipeline.noise) / len(shuffled)
+    shared = {name: tensor.to(backbone.device) for name, tensor in examples.shared.items()}
+    total = 0.0
+    for chosen in torch.split(torch.arange(count * draws), MEASURED_ROWS):
+        batch = shared | {name: rows[chosen % count].to(backbone.device) for name, rows in examples.rows.items()}
+        timesteps = steps[chosen].long().to(backbone.device)
+        total += float(
+            _errors(pipeline, backbone.model, batch, timesteps, noise, _numbers(pipeline, batch)).double().sum()
+        )
+    return total / len(shuffled)

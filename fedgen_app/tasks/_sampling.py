@@ -1,0 +1,101 @@
+"""Images from noise: DDIM or DPM-Solver++ with classifier-free guidance, the same whatever the batch and the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from fedgen_app.learning.backbone import Backbone
+from fedgen_app.runs.progress import step_bar
+from fedgen_app.settings import SampleSettings
+from fedgen_app.tasks._denoiser import predict, told_of
+from fedgen_app.tasks._pipeline import Pipeline
+
+
+def _scheduler(pipeline: Pipeline, options: SampleSettings) -> Any:
+    """DDIM (arXiv 2010.02502) without noise of its own, or DPM-Solver++ (arXiv 2211.01095)."""
+    clips = not pipeline.has_vae  # pixels have bounds, latents have none
+    if options.sampler == "ddim":
+        scheduler = cast(Any, DDIMScheduler).from_config(
+            pipeline.schedule, clip_sample=clips, timestep_spacing="trailing"
+        )
+    else:
+        # Without variance_type: the learned variance's channels, which it would cut off, are gone already.
+        scheduler = cast(Any, DPMSolverMultistepScheduler).from_config(
+            pipeline.schedule, timestep_spacing="trailing", variance_type=None
+        )
+    scheduler.set_timesteps(min(options.steps, len(pipeline.noise)), device=pipeline.device)
+    return scheduler
+
+
+def guided(pipeline: Pipeline, options: SampleSettings) -> bool:
+    """Whether each step takes two predictions; a UNet with classes but without the class of no class has no second."""
+    return options.guidance != 1 and pipeline.condition != "none" and pipeline.denoiser != "UNet2DModel"
+
+
+@torch.inference_mode()
+def pass_seconds(backbone: Backbone, prompt: str, options: SampleSettings, side: int) -> float:
+    """How long one step of one image takes, the shorter of two: the first one also warms the machine up."""
+    pipeline, model = cast(Pipeline, backbone.processor), backbone.model
+    model.eval()
+    told = told_of(pipeline, model, [prompt, ""] if guided(pipeline, options) else [prompt])
+    noisy = torch.zeros((2 if guided(pipeline, options) else 1, pipeline.channels, side, side), device=pipeline.device)
+    found = []
+    for _ in range(2):
+        began = time.perf_counter()
+        # To the CPU, so that the device has to be done.
+        predict(pipeline, model, noisy, torch.zeros(len(noisy), dtype=torch.long, device=pipeline.device), told).cpu()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+@torch.inference_mode()
+def generate(
+    backbone: Backbone, texts: Sequence[str], seed: int, options: SampleSettings, side: int = 0
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """One image per prompt, (n, h, w, channels) uint8; the same whatever the batch.
+
+    Args:
+        side: Of the denoiser's input; 0: as it was made for.
+    """
+    pipeline, model = cast(Pipeline, backbone.processor), backbone.model
+    model.eval()
+    side = side or pipeline.side
+    # On the CPU and for all at once, so that neither the device nor the batch changes what is drawn.
+    noise = torch.Generator().manual_seed(seed)
+    start = torch.randn((len(texts), pipeline.channels, side, side), generator=noise)
+    doubled = guided(pipeline, options)
+    finished = []
+    with step_bar("generating") as on_step:
+        for first in range(0, len(texts), options.batch):
+            batch = list(texts[first : first + options.batch])
+            # With guidance both predictions come from one pass, which is faster than two of half its size.
+            told = told_of(pipeline, model, batch + [""] * len(batch) if doubled else batch)
+            scheduler = _scheduler(pipeline, options)
+            current = start[first : first + options.batch].to(pipeline.device) * scheduler.init_noise_sigma
+            for number, timestep in enumerate(scheduler.timesteps):
+                inputs = torch.cat([current, current]) if doubled else current
+                predicted = predict(pipeline, model, inputs, timestep.expand(len(inputs)), told)
+                if doubled:
+                    predicted, free = predicted.chunk(2)
+                    predicted = free + options.guidance * (predicted - free)
+                current = scheduler.step(predicted, timestep, current).prev_sample
+                on_step(first + len(batch) * (number + 1) // len(scheduler.timesteps), len(texts))
+            finished.append(_to_pixels(pipeline, current))
+    return np.concatenate(finished)
+
+
+def _to_pixels(pipeline: Pipeline, current: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Images (n, h, w, channels) uint8 of finished inputs."""
+    if pipeline.has_vae:
+        latents = current / pipeline.latent["factor"] + pipeline.latent["shift"]
+        # One by one: an autoencoder's activations are many times larger than its input.
+        current = torch.cat([pipeline.vae.decode(one[None].to(pipeline.dtype)).sample.float() for one in latents])
+    scaled = ((current + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()

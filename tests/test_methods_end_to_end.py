@@ -1,0 +1,159 @@
+"""Every method through the real apps in one process: it learns, resumes to the same bits, and tells what it sent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import command, federate, run_arguments, tiny_config, without_times
+from safetensors.torch import load_file
+
+from fedgen_app.federation.client import load_method
+from fedgen_app.settings import Value, plugins
+
+METHODS = plugins("methods")
+WITHOUT_GLOBAL = {"fedper", "fedsa-lora", "local-only"}
+# What the tiny model needs of each to learn visibly in a few steps.
+OWN: dict[str, dict[str, Value]] = {
+    "fedavg-full": {"learning_rate": 2e-3},
+    "fedadam": {"fedopt__learning_rate": 3e-2},
+    "fedyogi": {"fedopt__learning_rate": 3e-2},
+    "scaffold": {"learning_rate": 3e-3},
+}
+
+
+def config(output: Path, method: str, **changes: Value) -> dict[str, Value]:
+    return tiny_config(output, **{"method": method, "num_server_rounds": 3, **OWN.get(method, {}), **changes})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns(method: str, tmp_path: Path) -> None:
+    found = federate(config(tmp_path / "run", method))
+    assert found["status"] == "completed" and len(found["rounds"]) == 3
+    assert all(not entry["rejected"] and entry["clients"] for entry in found["rounds"])
+    final, personal = found["final"], found["final"]["personal"]
+    has_global = method not in WITHOUT_GLOBAL
+    assert load_method(method).has_global is has_global
+    assert final["source"] == ("server" if has_global else "clients")
+    assert (tmp_path / "run" / "global").exists() is has_global
+    if has_global:
+        assert final["metrics"]["word_perplexity"] < 0.99 * found["frozen"]["word_perplexity"]
+    assert personal["personal"]["word_perplexity"] < 0.99 * personal["frozen"]["word_perplexity"]
+    for client in range(3):
+        assert list((tmp_path / "run" / "clients" / str(client)).glob("*model.safetensors"))
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_with_the_same_results(method: str, tmp_path: Path) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    expected = federate(config(whole, method, keep_checkpoints=3))
+    arguments = {**OWN.get(method, {}), "method": method, "num_server_rounds": 3, "keep_checkpoints": 3}
+    assert command(*run_arguments(parted, **arguments)).status == 0
+    assert command("resume", parted, "--round", "1").status == 0
+    got = json.loads((parted / "results.json").read_text())
+    assert without_times(got["final"]) == without_times(expected["final"])
+    assert without_times(got["rounds"]) == without_times(expected["rounds"])
+    for client in range(3):
+        (one,), (other,) = ((f / "clients" / str(client)).glob("*model.safetensors") for f in (whole, parted))
+        first, second = load_file(one), load_file(other)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def uplink(method: str, folder: Path) -> int:
+    found = federate(config(folder / method, method, num_server_rounds=2))
+    return int(found["final"]["uplink_bytes_per_client_round"])
+
+
+def test_what_is_shared_is_what_is_sent(tmp_path: Path) -> None:
+    sent = {m: uplink(m, tmp_path) for m in ("fedgen-edge", "ffa-lora", "scaffold", "local-only", "fedavg-full")}
+    numbers = sum(t.numel() for t in load_file(tmp_path / "fedgen-edge/global/adapter_model.safetensors").values())
+    envelope = sent["local-only"]  # a reply without tensors
+    assert sent["fedgen-edge"] - envelope == pytest.approx(4 * numbers, abs=64)
+    halves = load_file(tmp_path / "ffa-lora/global/adapter_model.safetensors")
+    b = sum(tensor.numel() for key, tensor in halves.items() if ".lora_B." in key)
+    assert sent["ffa-lora"] - envelope == pytest.approx(4 * b, abs=64)
+    assert sent["scaffold"] - envelope == pytest.approx(8 * numbers, abs=64)
+    assert sent["fedavg-full"] > 20_000
+
+
+@pytest.mark.parametrize("method", ["flexlora", "flora", "hetlora"])
+def test_mixed_ranks(method: str, tmp_path: Path) -> None:
+    found = federate(config(tmp_path / "run", method, lora__ranks="1,2,4"))
+    assert [entry["ranks"] for entry in found["rounds"]] == [[1, 2, 4]] * 3
+    assert found["final"]["metrics"]["word_perplexity"] < 0.99 * found["frozen"]["word_perplexity"]
+    configs = [
+        json.loads((tmp_path / "run/clients" / str(client) / "adapter_config.json").read_text()) for client in range(3)
+    ]
+    residual = 3 * (1 + 2 + 4) if method == "flora" else 0  # three rounds, all of it kept
+    assert [c["r"] for c in configs] == [1 + residual, 2 + residual, 4 + residual]
+
+
+def test_mixed_ranks_are_refused_by_a_method_that_cannot(tmp_path: Path) -> None:
+    ended = command(*run_arguments(tmp_path / "run", lora__ranks="1,2,4"))
+    assert ended.status == 2 and "lora.ranks = '1,2,4'" in ended.err and "flexlora" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_with_a_residual_is_what_was_measured(tmp_path: Path) -> None:
+    """PEFT opens the folder and the model says what the run measured: the residual is in the adapter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from fedgen_app.learning.backbone import load_task, open_backbone
+    from fedgen_app.settings import Settings
+
+    for method in ("flora", "fedex-lora"):
+        changed = config(tmp_path / method, method, aggregation__residual_rank=7, lora__rslora=True)
+        found = federate(changed)
+        settings = Settings.from_run_config(changed)
+        backbone, task = open_backbone(settings), load_task("language")
+        test = task.load_test(settings, backbone)
+        assert test is not None
+        base = AutoModelForCausalLM.from_pretrained(settings.backbone, dtype=torch.float32)
+        peft: Any = PeftModel.from_pretrained(base, str(tmp_path / method / "global"))
+        assert peft.peft_config["default"].r == settings.lora.rank + 7
+        got = task.evaluate(settings, dataclasses.replace(backbone, model=peft), test, settings.seed)
+        assert got["word_perplexity"] == pytest.approx(found["final"]["metrics"]["word_perplexity"], rel=1e-4)
+        assert all(0 <= entry["discarded_energy"] < 1 for entry in found["rounds"])
+
+
+def test_centralised_training_takes_everyones_steps_on_everyones_data(tmp_path: Path) -> None:
+    found = federate(config(tmp_path / "run", "centralized", num_server_rounds=1, fraction_train=1.0))
+    (entry,) = found["rounds"]
+    assert len(entry["clients"]) == 1
+    assert {e["client"] for e in found["personal"]} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"method": "local-only", "aggregation.robust": "krum"}, "aggregation.robust = 'krum'"),
+        ({"aggregation.robust": "krum"}, "needs 2f + 3"),
+        ({"method": "scaffold", "aggregation.layer-wise": "true"}, "aggregation.layer-wise = true"),
+        ({"method": "ffa-lora", "lora.init": "."}, "lora.init"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_start(changes: dict[str, str], told: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    options = [f"--set={key}={value}" for key, value in changes.items()]
+    ended = command("run", "--engine", "in-process", "--clients", "2", "--output", output, *options)
+    assert ended.status == 2 and told in ended.err, ended.err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("rule", ["norm-bound", "multi-krum", "geometric-median", "factor-median"])
+def test_robust_rules_in_a_run(rule: str, tmp_path: Path) -> None:
+    found = federate(
+        config(tmp_path / "run", "fedgen-edge", aggregation__robust=rule, aggregation__attackers=0.25), clients=5
+    )
+    assert found["final"]["metrics"]["word_perplexity"] < 0.99 * found["frozen"]["word_perplexity"]
+
+
+def test_layer_wise_aggregation_in_a_run(tmp_path: Path) -> None:
+    found = federate(config(tmp_path / "run", "fedgen-edge", aggregation__layer_wise=True))
+    assert found["final"]["metrics"]["word_perplexity"] < 0.99 * found["frozen"]["word_perplexity"]
