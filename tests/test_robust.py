@@ -139,6 +139,16 @@ def test_krum_and_multi_krum_choose_by_dense_distances() -> None:
     assert reweigh("multi-krum", updates, state, round_) == [updates[i] for i in sorted(order[:7])]
 
 
+def test_krum_asks_the_nearest_neighbours_only() -> None:
+    # Of all distances the point at 5, in the middle of the whole line, would have the least.
+    places = [5.0, 0.0, 6.0, 0.1, 0.22, 10.0, 0.3]
+    updates = [Update(i, {"weight": torch.tensor([x])}, 1, 1.0) for i, x in enumerate(places)]
+    round_ = a_round(Lora(1, 1.0), aggregation__attackers=0.3)
+    state = GlobalState({"weight": torch.tensor([1.0])})
+    assert [u.client for u in reweigh("krum", updates, state, round_)] == [3]
+    assert [u.client for u in reweigh("multi-krum", updates, state, round_)] == [0, 1, 3, 4, 6]
+
+
 def test_a_norm_bound_clips_the_product_and_nothing_else() -> None:
     state = state_of(LORA)
     updates = [
