@@ -441,6 +441,17 @@ def test_a_bad_personal_reply_costs_its_client_its_figures_only(fault: str, tmp_
             assert min(measured) * (1 - 1e-9) <= value <= max(measured) * (1 + 1e-9), (state, name)
 
 
+def test_a_client_that_measured_less_than_the_others_does_not_end_the_run(tmp_path: Path) -> None:
+    def fewer(reply: Message, content: RecordDict) -> RecordDict:
+        metrics = content.metric_records["metrics"]
+        content["metrics"] = MetricRecord({k: v for k, v in metrics.items() if "word_perplexity" not in k})
+        return content
+
+    found = personal_run(tmp_path / "run", fewer)
+    assert found["status"] == "completed" and found["personal_rejected"] == []
+    assert found["final"]["personal_clients"] == {"bits_per_byte": 3, "token_perplexity": 3, "word_perplexity": 2}
+
+
 def test_an_enormous_personal_weight_is_capped(tmp_path: Path) -> None:
     found = personal_run(tmp_path / "run", with_metric(wire.NUM_EXAMPLES, 2**53))
     assert found["status"] == "completed" and found["personal_rejected"] == []
