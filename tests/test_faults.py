@@ -488,6 +488,29 @@ def test_a_client_whose_training_diverges_misses_that_round_only(
     assert_honest(folder, grid, 2, [0, 1, 2])
 
 
+def test_a_shared_half_that_diverges_is_not_hidden_by_the_personal_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ditto's own adapter has the keys of the shared one: kept, the NaN would end every later round of this client."""
+    folder = tmp_path / "run"
+    config = tiny_config(folder, method="ditto", personal__epochs=0, samples__count=0)
+    diverging = round_plan(Settings.from_run_config(config), ROUND, CULPRIT, torch.float32)
+    train = training.train
+
+    def learn(model: torch.nn.Module, loss: training.Loss, rows: Any, plan: training.Plan, **rest: Any) -> Any:
+        learned = train(model, loss, rows, plan, **rest)
+        if plan.seed == diverging.seed:
+            with torch.no_grad():
+                next(iter(adapters.parameters(model).values())).view(-1)[3] = float("nan")
+        return learned
+
+    monkeypatch.setattr(training, "train", learn)
+    found = federate(config, 3)
+    assert found["rounds"][0]["rejected"] == [{"client": CULPRIT, "reason": "error"}]
+    assert set(client_states(folder, 1)) == {0, 2}, "the diverged state must not be kept"
+    assert found["rounds"][1]["clients"] == [0, 1, 2] and found["rounds"][1]["rejected"] == []
+
+
 def test_queueing_for_one_process_is_no_lateness(tmp_path: Path) -> None:
     class Working(RecordingGrid):
         def deliver(self, message: Message) -> Message:
