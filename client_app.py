@@ -31,6 +31,7 @@ def roll_call(message: Message, context: Context) -> Message:
         "rank": me.rank_for(backbone),
         "fingerprint": backbone.fingerprint,
         "simulated-clients": me.simulated,
+        "skipped": data.skipped,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }

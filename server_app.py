@@ -43,6 +43,7 @@ def main(grid: Grid, context: Context) -> None:
         roster = Roster(backbone.fingerprint, settings.expected_clients, settings.round.roll_call, run.event)
         roster.call(grid)
         run.plot_ownership(roster)
+        run.count_skipped(roster, test)
 
         strategy = FedLora(
             settings=settings,

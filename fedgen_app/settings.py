@@ -116,6 +116,7 @@ class PartitionSettings(Group):
     by: Literal["auto", "iid", "label", "topic"]
     alpha: Positive
     min_examples: AtLeastOne
+    max_examples: AtLeastZero
 
 
 class PersonalSettings(Group):
@@ -245,6 +246,12 @@ class DiffusionSettings(Group):
         return value
 
 
+class GanSettings(Group):
+    """``gan.*``: how a generator and a discriminator learn."""
+
+    r1: NotNegative
+
+
 class MetricSettings(Group):
     """``metrics.*``: how generated images are measured."""
 
@@ -304,6 +311,7 @@ class Settings(Group):
     wire: WireSettings
     samples: SampleSettings
     diffusion: DiffusionSettings
+    gan: GanSettings
     metrics: MetricSettings
     aggregation: AggregationSettings
     fedprox: FedProxSettings

@@ -19,6 +19,7 @@ from fedgen_app.seeds import derive
 
 CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 ROLL_CALL = f"{MessageType.QUERY}.roll_call"
+LARGEST_COUNT = 2**53  # of records that is taken for a count at all
 Report = Callable[..., None]
 
 
@@ -33,13 +34,18 @@ class _LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Member:
-    """One client as it presented itself."""
+    """One client as it presented itself.
+
+    Attributes:
+        skipped: Records that it could not read; in a simulation those of the one data set that all share.
+    """
 
     client: ClientId
     node: int
     num_examples: int
     rank: int
     facts: dict[str, str]
+    skipped: int = 0
 
 
 def parse_client(text: str) -> ClientId:
@@ -142,17 +148,20 @@ class Roster:
             client = parse_client(str(facts["client"]))
             examples, rank = facts["num-examples"], facts["rank"]
             fingerprint, simulated = str(facts["fingerprint"]), facts["simulated-clients"]
+            skipped = facts["skipped"]
         except (KeyError, ValueError) as error:
             raise _LeftOut("malformed", f"{type(error).__name__} in its answer") from None
         if not (isinstance(examples, int) and examples > 0 and isinstance(rank, int) and rank > 0):
             raise _LeftOut("weight", f"num-examples = {examples!r}, rank = {rank!r}", client)
+        if isinstance(skipped, bool) or not isinstance(skipped, int) or not 0 <= skipped <= LARGEST_COUNT:
+            raise _LeftOut("malformed", f"skipped = {str(skipped)[:80]}", client)
         if fingerprint != self.fingerprint:
             detail = f"its backbone is {fingerprint[:80]}, the server's is {self.fingerprint}"
             raise _LeftOut("fingerprint", detail, client)
         if isinstance(simulated, int) and simulated > 0:
             self.simulated = simulated
         versions = {key: str(facts[key]) for key in ("torch", "transformers", "peft", "dtype") if key in facts}
-        return Member(client, node, examples, rank, versions)
+        return Member(client, node, examples, rank, versions, skipped)
 
     def _settle(self, client: ClientId, claims: list[Member], nodes: set[int]) -> None:
         before = self.members.get(client)

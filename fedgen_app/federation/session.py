@@ -21,7 +21,7 @@ from fedgen_app.learning.adapters import merged
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.export import card, exported_file, load_peft, save_peft, shape_row, span, usage_of
 from fedgen_app.learning.task import Examples, Metrics, Sample, Task
-from fedgen_app.runs import report
+from fedgen_app.runs import report, signs
 from fedgen_app.runs.folder import (
     Checkpoint,
     RunFolder,
@@ -173,10 +173,25 @@ class Session:
         alpha = self.settings.partition.alpha if split.by != "iid" else None
         self.results["partition"] = {"by": split.by, "alpha": alpha, "clients": roster.simulated}
 
+    def count_skipped(self, roster: Roster, test: Examples | None) -> None:
+        """How many records could not be read: to train on (on devices client by client too), and to test on."""
+        self._roster, self._test = roster, test
+        members = {str(client): roster.members[client].skipped for client in in_order(roster.members)}
+        of = {client: count for client, count in members.items() if count}
+        total = max(of.values(), default=0) if roster.simulated else sum(of.values())
+        by_client = {} if roster.simulated else of
+        self.results["data"] = {
+            "skipped": total,
+            "skipped_by_client": by_client,
+            "skipped_test": test.skipped if test else 0,
+        }
+
     def finish(self, state: GlobalState) -> None:
         """Export the global adapter, generate samples, write the results."""
         task, backbone = self._task, self._backbone
+        self.count_skipped(self._roster, self._test)  # again: newcomers came meanwhile
         self.results["final"] = report.final(self.results)
+        self.results["signs"] = signs.signs(self.results)
         facts = self._facts()
         note = "Trained by federated averaging of LoRA adapters: the data stayed on the clients."
         final = self.results["final"]

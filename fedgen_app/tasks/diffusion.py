@@ -23,7 +23,7 @@ from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid
 from fedgen_app.tasks._measure import check, client_metrics, evaluate
 from fedgen_app.tasks._objective import loss
-from fedgen_app.tasks._pictures import load_data, load_test, prompts, split
+from fedgen_app.tasks._pictures import load_data, load_test, split
 from fedgen_app.tasks._pipeline import (
     Adapted,
     Pipeline,
@@ -34,6 +34,7 @@ from fedgen_app.tasks._pipeline import (
     weight_files,
 )
 from fedgen_app.tasks._sampling import generate
+from fedgen_app.tasks._sources import prompts
 
 PARTS = ("unet", "transformer", "vae", "text_encoder")
 # Attention projections, as the LoRA scripts of diffusers take them; in CLIP's text encoder they have other names.
