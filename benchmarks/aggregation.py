@@ -2,7 +2,7 @@
 
     python benchmarks/aggregation.py [--clients 10] [--repeat 3] [--markdown FILE]
 
-Every measurement runs in a process of its own with one thread; times are processor time, the shortest of some repeats
+Every measurement runs in a process of its own with one thread. Times are processor time, the shortest of some repeats,
 and only ratios of this session are shown. Memory is the peak above what the process held before, so without the replies
 themselves. The decomposition of the largest dense matrix runs once: it takes minutes.
 """
@@ -110,8 +110,8 @@ def table(rows: list[list[str]]) -> str:
 
 
 def ratio(value: float) -> str:
-    """Two significant digits."""
-    return f"{value:.2g}"
+    """Two significant digits, or all those before the point."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def by_rank(clients: int, repeat: int) -> str:

@@ -57,8 +57,9 @@ def personal_worse(results: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"personal worse than global: {_words(metric)} {report.number(means['personal'])} against "
-        f"{report.number(means['global'])}, worse on {len(worse)} of {len(both)} clients ({_examples(worse)}), which "
-        "is too little local data; fewer personal.epochs, a smaller personal.learning-rate or a personal.proximal help"
+        f"{report.number(means['global'])}, worse on {len(worse)} of {len(both)} clients ({_examples(worse)}), "
+        "usual with little local data; fewer personal.epochs, a smaller personal.learning-rate or a personal.proximal "
+        "help"
     ]
 
 
