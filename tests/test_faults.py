@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from helpers import RecordingGrid, client_states, events, federate, results, tiny_config, weighted_mean
+from helpers import RecordingGrid, client_states, events, federate, results, tiny_config, tiny_settings, weighted_mean
 from safetensors.torch import load_file
 
 from fedgen_app.errors import RunError
 from fedgen_app.federation import wire
 from fedgen_app.federation.client import round_plan
 from fedgen_app.learning import adapters, training
+from fedgen_app.learning.backbone import open_backbone
 from fedgen_app.settings import Settings, Value
 
 CULPRIT = 1  # the client id; its node is one more
@@ -46,6 +47,20 @@ def with_number(value: float) -> Tamper:
 
 def scaled(factor: float) -> Tamper:
     return lambda reply, content: carry(content, flat(content) * np.float32(factor))
+
+
+def turned(factor: float) -> Tamper:
+    """A times the factor, B through it: their product is the same, or zero once B is too small for float32."""
+
+    def tamper(reply: Message, content: RecordDict) -> RecordDict:
+        array, start = flat(content), 0
+        for key, shape in open_backbone(tiny_settings()).layout:
+            size = math.prod(shape)
+            array[start : start + size] *= np.float32(factor if ".lora_A." in key else 1 / factor)
+            start += size
+        return carry(content, array)
+
+    return tamper
 
 
 def reshaped(change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Tamper:
@@ -108,6 +123,8 @@ FAULTS: dict[str, tuple[Tamper, str]] = {
     "nan": (with_number(float("nan")), "non-finite"),
     "inf": (with_number(float("inf")), "non-finite"),
     "a million times too large": (scaled(1e6), "norm"),
+    "a million times too large in A and too small in B": (turned(1e6), "norm"),
+    "a huge A beside a B of zero": (turned(1e30), "norm"),
     "another rank": (reshaped(lambda a: a[: a.size // 2]), "shape"),
     "a longer array": (reshaped(lambda a: np.concatenate([a, a[:8]])), "shape"),
     "a shape that would broadcast": (reshaped(lambda a: a[:1]), "shape"),
