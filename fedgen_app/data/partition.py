@@ -39,6 +39,11 @@ class Partition:
     examples: tuple[IntArray, ...]
     labels: tuple[str, ...]
 
+    def mostly(self) -> dict[int | str, str]:
+        """The most frequent label of each client; of equally frequent ones the first by name."""
+        counted = {client: Counter(self.labels[i] for i in owned) for client, owned in enumerate(self.examples)}
+        return {client: min(found, key=lambda label: (-found[label], label)) for client, found in counted.items()}
+
 
 def partition(
     name: str,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import floor
 
+import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from fedgen_app.errors import PolicyError, RunError, meaning
 from fedgen_app.federation.exchange import TTL_MARGIN, Patience, collect
@@ -18,6 +20,11 @@ from fedgen_app.federation.method import ClientId
 from fedgen_app.seeds import derive
 
 CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+# In an answer to the roll call: a direction, and a digest of what it was encoded with.
+REQUIREMENT, SPACE = "requirement", "space"
+SPACE_MARK = re.compile(r"[0-9a-f]{16}")
+WIDEST = 8192
+UNIT_TOLERANCE = 1e-3
 ROLL_CALL = f"{MessageType.QUERY}.roll_call"
 Report = Callable[..., None]
 
@@ -32,14 +39,33 @@ class _LeftOut(Exception):
 
 
 @dataclass(frozen=True)
+class Requirement:
+    """What a client wants, encoded on it: a direction, and a mark of the encoder and key that it can be compared under.
+
+    Attributes:
+        vector: (width,), of length 1.
+    """
+
+    vector: NDArray[np.float64]
+    space: str
+
+
+@dataclass(frozen=True)
 class Member:
-    """One client as it presented itself."""
+    """One client as it presented itself.
+
+    Attributes:
+        requirement: None where it sent none that can be used.
+        unplaced: Why it has none.
+    """
 
     client: ClientId
     node: int
     num_examples: int
     rank: int
     facts: dict[str, str]
+    requirement: Requirement | None = None
+    unplaced: str = "it sent no encoded requirement"
 
 
 def parse_client(text: str) -> ClientId:
@@ -51,6 +77,27 @@ def parse_client(text: str) -> ClientId:
     if not CLIENT_NAME.fullmatch(text):
         raise ValueError(f"client id {text[:80]!r}: should be up to 64 letters, digits, '.', '_' or '-'")
     return int(text) if text.isdecimal() and (text == "0" or not text.startswith("0")) else text
+
+
+def parse_requirement(facts: Mapping[str, object]) -> Requirement | None:
+    """The encoded requirement in an answer to the roll call; None where it holds none.
+
+    Raises:
+        ValueError: it is not a list of 2 to 8192 finite numbers of length 1, or its mark is none.
+    """
+    numbers, space = facts.get(REQUIREMENT), facts.get(SPACE)
+    if numbers is None:
+        return None
+    if not isinstance(numbers, list) or not 2 <= len(numbers) <= WIDEST:
+        raise ValueError(f"its requirement is no list of 2 to {WIDEST} numbers")
+    if not all(isinstance(n, float) and abs(n) <= 1 + UNIT_TOLERANCE for n in numbers):
+        raise ValueError("its requirement holds what is no number from -1 to 1")
+    vector = np.array(numbers, np.float64)
+    if abs(float(np.linalg.norm(vector)) - 1) > UNIT_TOLERANCE:
+        raise ValueError(f"its requirement has length {float(np.linalg.norm(vector)):.4g}, not 1")
+    if not isinstance(space, str) or not SPACE_MARK.fullmatch(space):
+        raise ValueError("its requirement has no mark of its encoder")
+    return Requirement(vector / np.linalg.norm(vector), space)
 
 
 def in_order(clients: Iterable[ClientId]) -> list[ClientId]:
@@ -152,7 +199,10 @@ class Roster:
         if isinstance(simulated, int) and simulated > 0:
             self.simulated = simulated
         versions = {key: str(facts[key]) for key in ("torch", "transformers", "peft", "dtype") if key in facts}
-        return Member(client, node, examples, rank, versions)
+        try:
+            return Member(client, node, examples, rank, versions, parse_requirement(facts))
+        except ValueError as error:  # it can train all the same, but nobody knows with whom
+            return Member(client, node, examples, rank, versions, unplaced=str(error))
 
     def _settle(self, client: ClientId, claims: list[Member], nodes: set[int]) -> None:
         before = self.members.get(client)

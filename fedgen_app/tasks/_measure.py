@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from fedgen_app.data.images import BUNDLED
 from fedgen_app.errors import CheckpointError, MetricError, SettingsError
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Examples, Metrics
@@ -144,7 +145,7 @@ def _extractor(settings: Settings, device: torch.device, own: bool) -> Any:
     wanted = settings.metrics.features
     if wanted != "auto":
         return _quality.open_extractor(wanted, device)
-    if settings.dataset == "bundled":
+    if settings.dataset in BUNDLED:
         return _quality.open_extractor("bundled", device)
     return _quality.open_extractor("inception", device) if own else _inception_or_bundled(device)
 

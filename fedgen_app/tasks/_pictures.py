@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 
 from fedgen_app.data.cache import Arrays, cached, source_identity
 from fedgen_app.data.decoding import Pictures
-from fedgen_app.data.images import load_images
-from fedgen_app.data.local import Split, own_rows
+from fedgen_app.data.images import BUNDLED, load_images
+from fedgen_app.data.local import MOST_PROMPTS, Split, own_prompts, own_rows
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import Backbone
@@ -30,7 +31,7 @@ from fedgen_app.tasks._pipeline import Pipeline
 Array = NDArray[Any]
 
 log = logging.getLogger(__name__)
-VERSION = 2  # of what the caches hold
+VERSION = 3  # of what the caches hold
 ENCODED = 16  # images per forward pass of an autoencoder, and fewer of those above 128x128:
 ENCODED_PIXELS = ENCODED * 128**2  # its activations are many times larger than they are
 LEAST_COMPARED = 4  # images on either side, for FID and KID
@@ -54,7 +55,7 @@ class Reference:
 
 
 def _local(source: str) -> bool:
-    return source == "bundled" or looks_like_path(source)
+    return source in BUNDLED or looks_like_path(source)
 
 
 def _read(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> Pictures | None:
@@ -71,6 +72,7 @@ def _read(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> 
 def _key(settings: Settings, pipeline: Pipeline, source: str, split: str) -> dict[str, object]:
     return {
         "source": source_identity(source, split, "pictures"),
+        "styled": source == "bundled:styles",
         "columns": [settings.text_column, settings.label_column],
         "resolution": settings.resolution or pipeline.resolution,
         "channels": pipeline.image_channels,
@@ -110,7 +112,13 @@ def _from_hub(settings: Settings, pipeline: Pipeline, source: str, split: Split)
 def _packed(found: Pictures) -> Arrays:
     """Arrays of numbers only: texts as UTF-8 bytes and where each begins."""
     arrays: Arrays = {"pixels": found.pixels, "skipped": np.array([found.skipped])}
-    texts_of = {"name": (found.name,), "labels": found.labels, "captions": found.captions, "classes": found.classes}
+    texts_of = {
+        "name": (found.name,),
+        "labels": found.labels,
+        "captions": found.captions,
+        "classes": found.classes,
+        "wishes": found.wishes,
+    }
     for name, texts in texts_of.items():
         if texts is not None:
             encoded = [text.encode(errors="surrogatepass") for text in texts]
@@ -127,7 +135,8 @@ def _unpacked(arrays: Arrays) -> Pictures:
         return tuple(whole[a:b].decode(errors="surrogatepass") for a, b in zip(starts[:-1], starts[1:], strict=True))
 
     (name,), classes = texts("name") or ("",), texts("classes") or ()
-    return Pictures(name, arrays["pixels"], texts("labels"), texts("captions"), classes, int(arrays["skipped"][0]))
+    skipped = int(arrays["skipped"][0])
+    return Pictures(name, arrays["pixels"], texts("labels"), texts("captions"), classes, skipped, texts("wishes"))
 
 
 def prompts_of(settings: Settings, found: Pictures) -> tuple[str, ...]:
@@ -312,6 +321,18 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
         reference = _reference(settings, backbone, found, order[:wanted], order[:0], own=True)
     classes = class_names(settings, backbone, shared=not share.folder)
     return LocalData(encoded.take(kept), encoded.take(held, reference), classes)
+
+
+def requirements(settings: Settings, backbone: Backbone, share: Share) -> list[str]:
+    """A device's own prompts; in a simulation what a client's images are of, the most frequent first."""
+    if share.folder:
+        return own_prompts(share.folder, share.prompts)
+    found, _ = _training(settings, backbone, settings.dataset)
+    parts = _owners(settings, backbone, share.count)
+    kept, _ = own_rows(parts, share.index, False, settings.holdout_fraction, settings.seed, unit="image")
+    wanted = found.wishes or prompts_of(settings, found)
+    counted = Counter(wanted[i] for i in kept)
+    return [text for text in sorted(counted, key=lambda each: (-counted[each], each)) if text][:MOST_PROMPTS]
 
 
 def class_names(settings: Settings, backbone: Backbone, shared: bool = True) -> tuple[str, ...]:
