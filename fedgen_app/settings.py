@@ -119,7 +119,7 @@ class LoraSettings(Group):
 class PartitionSettings(Group):
     """``partition.*``: who owns which examples in a simulation."""
 
-    by: Literal["auto", "iid", "label", "topic"]
+    by: Literal["auto", "iid", "label", "topic", "single-label"]
     alpha: Positive
     min_examples: AtLeastOne
 

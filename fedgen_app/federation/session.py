@@ -179,7 +179,7 @@ class Session:
 
         split = self._task.split(self.settings, self._backbone, roster.simulated)
         plot_partition(split, self.folder.path / "partition.png")
-        alpha = self.settings.partition.alpha if split.by != "iid" else None
+        alpha = self.settings.partition.alpha if split.by in ("label", "topic") else None
         self.results["partition"] = {"by": split.by, "alpha": alpha, "clients": roster.simulated}
         self._kinds = dict(split.mostly()) if split.labels else {}
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from fedgen_app.data.cache import Arrays, cached, source_identity
 from fedgen_app.data.decoding import Pictures
 from fedgen_app.data.images import BUNDLED, load_images
-from fedgen_app.data.local import MOST_PROMPTS, Split, own_prompts, own_rows
+from fedgen_app.data.local import Split, own_prompts, own_rows
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import Backbone
@@ -35,6 +34,7 @@ VERSION = 3  # of what the caches hold
 ENCODED = 16  # images per forward pass of an autoencoder, and fewer of those above 128x128:
 ENCODED_PIXELS = ENCODED * 128**2  # its activations are many times larger than they are
 LEAST_COMPARED = 4  # images on either side, for FID and KID
+ASKED = 8  # prompts in which a simulated client says what it wants
 SHOWN = 10  # captions or classes that samples show where the user names none
 
 
@@ -324,15 +324,15 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
 
 
 def requirements(settings: Settings, backbone: Backbone, share: Share) -> list[str]:
-    """A device's own prompts; in a simulation what a client's images are of, the most frequent first."""
+    """A device's own prompts; in a simulation what a few of a client's images are of."""
     if share.folder:
         return own_prompts(share.folder, share.prompts)
     found, _ = _training(settings, backbone, settings.dataset)
     parts = _owners(settings, backbone, share.count)
     kept, _ = own_rows(parts, share.index, False, settings.holdout_fraction, settings.seed, unit="image")
     wanted = found.wishes or prompts_of(settings, found)
-    counted = Counter(wanted[i] for i in kept)
-    return [text for text in sorted(counted, key=lambda each: (-counted[each], each)) if text][:MOST_PROMPTS]
+    order = np.random.default_rng(derive(settings.seed, "requirements", share.index)).permutation(kept)
+    return [text for text in dict.fromkeys(wanted[i] for i in order) if text][:ASKED]
 
 
 def class_names(settings: Settings, backbone: Backbone, shared: bool = True) -> tuple[str, ...]:
