@@ -53,24 +53,29 @@ STYLES: dict[str, tuple[Callable[[Numbers], Numbers], tuple[str, ...], tuple[str
     "outline": (
         _outline,
         ("an outline drawing of a {}", "a {} drawn in thin lines", "a pencil outline, {}"),
-        ("sketch me the contour of a {}", "only the edges of a {}, as a line drawing"),
+        ("sketch me the contour of a {}", "only the edges of a {}, as a line drawing", "ink lines around a {}"),
     ),
     "negative": (
         _negative,
         ("a negative of a {}", "a {} with light and dark inverted", "an inverted photo, {}"),
-        ("a {} like on undeveloped film, black is white", "swap bright and dark for a {}"),
+        ("a {} like on undeveloped film", "swap bright and dark for a {}", "black becomes white: a {}"),
     ),
     "mosaic": (
         _mosaic,
         ("a mosaic of a {}", "a {} made of square tiles", "a coarse mosaic, {}"),
-        ("lay a {} out of big pixels", "a blocky {} in tiles, as in an old game"),
+        ("lay a {} out of big pixels", "a blocky {} in tiles, as in an old game", "a {} of small coloured stones"),
     ),
     "hatched": (
         _hatched,
         ("an engraving of a {}", "a {} in diagonal hatching", "a hatched print, {}"),
-        ("shade a {} with slanted strokes", "an old copper plate print of a {}"),
+        ("shade a {} with slanted strokes", "an old copper plate print of a {}", "cross lines as shadow on a {}"),
     ),
 }
+
+
+# What caches of styled pictures hang on: VERSION counts changes of the transforms.
+VERSION = 1
+MARK = repr((VERSION, [(name, told, asked) for name, (_, told, asked) in STYLES.items()]))
 
 
 def styled(plain: Pictures) -> Pictures:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import fedgen_assets
 from fedgen_app.errors import BackboneError, DataError
 from fedgen_app.learning.backbone import Backbone, fingerprint, pick_device
 from fedgen_app.learning.task import Task
@@ -79,14 +80,19 @@ def mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=1)
 def open_encoder(source: str, device: str) -> Encoder:
-    """A text encoder from a folder or the hub: safetensors weights alone, and no code from there.
+    """A text encoder from a folder or the hub, or the bundled language model; safetensors alone, no code from there.
 
     Raises:
         BackboneError: it cannot be had, or is none.
     """
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
-    folder = Path(source).expanduser() if looks_like_path(source) else _fetched(source)
+    cast(Any, transformers_logging).disable_progress_bar()
+    if source == "bundled":
+        folder = fedgen_assets.path("language")
+    else:
+        folder = Path(source).expanduser() if looks_like_path(source) else _fetched(source)
     place = pick_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedgen_app.data import styles
 from fedgen_app.data.cache import Arrays, cached, source_identity
 from fedgen_app.data.decoding import Pictures
 from fedgen_app.data.images import BUNDLED, load_images
@@ -72,7 +73,7 @@ def _read(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> 
 def _key(settings: Settings, pipeline: Pipeline, source: str, split: str) -> dict[str, object]:
     return {
         "source": source_identity(source, split, "pictures"),
-        "styled": source == "bundled:styles",
+        "styles": styles.MARK if source == "bundled:styles" else "",
         "columns": [settings.text_column, settings.label_column],
         "resolution": settings.resolution or pipeline.resolution,
         "channels": pipeline.image_channels,
