@@ -45,6 +45,7 @@ def main(grid: Grid, context: Context) -> None:
         roster = Roster(backbone.fingerprint, settings.expected_clients, settings.round.roll_call, run.event)
         roster.call(grid)
         run.plot_ownership(roster)
+        run.count_skipped(roster, test)
 
         placement = Placement(settings, method, roster, run.truth, run.event, run.draw_clusters)
         strategy = FedLora(

@@ -1,6 +1,6 @@
 """What image generators cost here: training and sampling beside the loops that a person would write with diffusers.
 
-    python benchmarks/diffusion.py [--backbone FOLDER] [--turns 7] [--batches 6] [--markdown FILE]
+    python benchmarks/diffusion.py [--backbone FOLDER] [--parts latent] [--turns 7] [--batches 6] [--markdown FILE]
 
 The two sides take turns in one process and only ratios are printed. Both train the same LoRA layers of the same
 weights, held in the same type, on the same images in batches of the same size, with AdamW and a clipped gradient.
@@ -12,8 +12,8 @@ weights, held in the same type, on the same images in batches of the same size, 
   which encodes images and prompts in every step. Ours reads the caches; what it costs to fill them is printed apart.
 - Sampling: ``tasks.diffusion.generate`` beside the pipelines' own call, with DDIM and the adapter in place.
 
-How many operations the autoencoder, the text encoder and the UNet take is counted and printed as well, beside Stable
-Diffusion 1.x at 512 pixels: the gain of the caches hangs on that relation.
+How many operations the autoencoder, the text encoder and a training step of the UNet take is counted and printed as
+well, beside Stable Diffusion 1.x at 512 pixels: the gain of the caches hangs on that relation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,15 @@ from fedgen_app.learning.backbone import Backbone, load_task, lora_config, open_
 from fedgen_app.learning.task import Examples, Share  # noqa: E402
 from fedgen_app.learning.training import Plan, train  # noqa: E402
 from fedgen_app.settings import Settings, defaults  # noqa: E402
-from fedgen_app.tasks import _pictures  # noqa: E402
+from fedgen_app.tasks import _sources  # noqa: E402
 from fedgen_app.tasks._sampling import generate  # noqa: E402
 
 CLASSES = ("shirt", "sneaker", "bag")
+PARTS = ("text", "unconditional", "latent")
 GUIDANCE = 2.0
-LATENT_PIXELS = 64  # side of the latent model's images
+# Side of the latent model's images. At a quarter of the widths, the parts of a step have here the proportions that
+# those of Stable Diffusion have at 512 (the last table counts them): a text encoder's work does not shrink with images.
+LATENT_PIXELS = 256
 Turn = Callable[[], object]
 
 
@@ -95,19 +98,19 @@ def make_unconditional(folder: Path) -> Path:
 
 
 def make_latent(folder: Path) -> Path:
-    """Stable Diffusion 1.x with a quarter of its width, and a text encoder of two layers."""
+    """Stable Diffusion 1.x with all its layers and a quarter of all widths: UNet, autoencoder and text encoder."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(fedgen_assets.path("language"))
     tokenizer.model_max_length = 77
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    width = 64
+    width = 768 // 4
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=4 * width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
+            num_hidden_layers=12,
+            num_attention_heads=width // 64,
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
@@ -227,11 +230,11 @@ class Case:
         device, vae, encoder = self.backbone.device, self.theirs.vae, self.theirs.text_encoder
         vae.requires_grad_(False)
         encoder.requires_grad_(False)
-        found = _pictures.pictures(self.settings, self.pipeline, self.settings.dataset, "train")
+        found = _sources.pictures(self.settings, self.pipeline, self.settings.dataset, "train")
         assert found is not None
         scaled = torch.from_numpy(found.pixels[: self.images]).permute(0, 3, 1, 2).float() / 127.5 - 1
         pixels = scaled.contiguous().to(device, self.backbone.dtype)
-        prompts = list(_pictures.prompts_of(self.settings, found))[: self.images]
+        prompts = list(_sources.prompts_of(self.settings, found))[: self.images]
         tokens = self.pipeline.tokens(prompts).to(device)
 
         def prepare(indices: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -286,29 +289,35 @@ def row(name: str, other: str, ours: list[float], theirs: list[float], goal: str
     return [name, other, f"{middle:.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}", f"{1 / middle:.2f}", goal]
 
 
-def counted(unet: nn.Module, vae: AutoencoderKL, text: nn.Module, side: int) -> dict[str, float]:
-    """Operations per image of one forward pass, in units of the UNet's; nothing is computed (meta tensors)."""
-    width = int(unet.config.cross_attention_dim)
-    latent = torch.zeros(1, 4, side // 8, side // 8, device="meta")
-    hidden = torch.zeros(1, 77, width, device="meta")
-    passes: Mapping[str, Turn] = {
-        "UNet": lambda: unet(latent, torch.zeros(1, device="meta"), hidden),
-        "autoencoder": lambda: vae.encoder(torch.zeros(1, 3, side, side, device="meta")),
-        "text encoder": lambda: text(torch.zeros(1, 77, dtype=torch.long, device="meta")),
-    }
-    found = {}
-    for name, forward in passes.items():
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            forward()
-        found[name] = float(counter.get_total_flops())
-    return {name: count / found["UNet"] for name, count in found.items()}
+def counted(unet: nn.Module, vae: AutoencoderKL, text: nn.Module, side: int) -> list[float]:
+    """Operations per image: UNet forward, UNet in a LoRA step, autoencoder's encoder, text encoder.
+
+    A multiplication and its addition are two. Nothing is computed (meta tensors).
+    """
+    places = (torch.zeros(1, 4, side // 8, side // 8, device="meta"), torch.zeros(1, device="meta"))
+    hidden = torch.zeros(1, 77, int(unet.config.cross_attention_dim), device="meta")
+    with torch.device("meta"):
+        settings = Settings.from_run_config(defaults(ROOT) | {"task": "diffusion"})
+        learning = get_peft_model(unet.requires_grad_(False), lora_config(unet, load_task("diffusion"), settings.lora))
+    passes: list[Turn] = [
+        torch.no_grad()(lambda: learning(*places, hidden)),
+        lambda: learning(*places, hidden).sample.sum().backward(),
+        torch.no_grad()(lambda: vae.encoder(torch.zeros(1, 3, side, side, device="meta"))),
+        torch.no_grad()(lambda: text(torch.zeros(1, 77, dtype=torch.long, device="meta"))),
+    ]
+    found = []
+    for work in passes:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        found.append(float(counter.get_total_flops()))
+    return found
 
 
 def relations(folder: Path) -> list[list[str]]:
-    """Rows of what the frozen parts cost beside the UNet, here and in Stable Diffusion 1.x."""
+    """Rows of what the parts of a step cost, here and in Stable Diffusion 1.x."""
     with torch.device("meta"):
         parts = {
-            "the model built here": (
+            f"a quarter of it, {LATENT_PIXELS} px: the model built here": (
                 UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
                 AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
                 CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
@@ -325,10 +334,14 @@ def relations(folder: Path) -> list[list[str]]:
                 512,
             ),
         }
-    rows = [["model", "UNet", "autoencoder's encoder", "text encoder"]]
+    parts_of_a_step = ["UNet, forward", "UNet, a LoRA step", "autoencoder's encoder", "text encoder"]
+    rows = [["model", *parts_of_a_step, "encoders / LoRA step", "what caches can gain at most"]]
     for name, (unet, vae, text, side) in parts.items():
         found = counted(unet, vae, text, side)
-        rows.append([name, "1", f"{found['autoencoder']:.2f}", f"{found['text encoder']:.3f}"])
+        share = (found[2] + found[3]) / found[1]
+        rows.append(
+            [name, *(f"{count / 1e9:.1f}" for count in found), f"{share:.2f}", f"{1 + share:.2f} times as fast"]
+        )
     return rows
 
 
@@ -341,53 +354,64 @@ def show(title: str, rows: list[list[str]]) -> str:
 def measure(args: argparse.Namespace, scratch: Path) -> str:
     """All tables as Markdown."""
     head = ["model", "compared with", "time, median ratio", "lowest", "highest", "times as fast", "goal"]
-    training, sampling = [head], [head]
-    turns, batches = args.turns, args.batches
-
-    def case(folder: Path, name: str, batch: int, side: int, channels: int, dtype: str = "") -> Case:
-        data = write_images(scratch / name, -(-batch * batches * 10 // 9) + 2, side, channels)
-        return Case(folder, data, batch, batches, args, dtype)
-
-    place = fedgen_assets.path("diffusion") if args.backbone == "bundled" else Path(args.backbone).resolve()
-    shape = json.loads((place / "unet" / "config.json").read_text())
-    text = case(place, "text-data", args.batch_size, shape["sample_size"], shape["in_channels"])
-    device = text.backbone.device
-    times = alternate(text.ours, text.bare(), turns, device)
-    training.append(row("text, pixels", "bare loop", *times, "at most 1.10"))
-
-    folder = make_unconditional(scratch / "unconditional")
-    plain = case(folder, "plain-data", args.batch_size, 32, 1)
-    times = alternate(plain.ours, plain.bare(), turns, device)
-    training.append(row("unconditional, pixels", "bare loop", *times, "at most 1.10"))
-    # DDIMPipeline cannot give out bfloat16: both in float32.
-    plain = case(folder, "plain-data-2", args.batch_size, 32, 1, "float32")
-    times = alternate(plain.sample_ours, plain.sample_theirs(), turns, device)
-    sampling.append(row("unconditional, pixels, float32", "DDIMPipeline", *times, ""))
-
-    folder = make_latent(scratch / "latent")
-    latent = case(folder, "latent-data", args.latent_batch_size, LATENT_PIXELS, 3)
-    times = alternate(latent.ours, latent.stock(), turns, device)
-    training.append(row("latent", "stock LoRA loop", *times, "1.5 times as fast"))
-    filled = latent.seconds / statistics.median(times[1])
-    times = alternate(latent.sample_ours, latent.sample_theirs(), turns, device)
-    sampling.append(row("latent, guided", "StableDiffusionPipeline", *times, ""))
-
-    title = f"Training, {turns} turns of {batches} batches: our time over the other's"
-    result = show(title, training)
-    result += (
-        "\nThe latent model's caches are filled once per device, outside these times: that took "
-        f"{filled:.1f} times as long\nas the stock loop takes for one pass over the same images, reading them and "
-        "writing the files included.\n"
+    training, sampling, filled = [head], [head], ""
+    if "text" in args.parts:
+        place = fedgen_assets.path("diffusion") if args.backbone == "bundled" else Path(args.backbone).resolve()
+        shape = json.loads((place / "unet" / "config.json").read_text())
+        text = prepared(args, scratch, place, "text-data", args.batch_size, shape["sample_size"], shape["in_channels"])
+        times = alternate(text.ours, text.bare(), args.turns, text.backbone.device)
+        training.append(row("text, pixels", "bare loop", *times, "at most 1.10"))
+    if "unconditional" in args.parts:
+        folder = make_unconditional(scratch / "unconditional")
+        plain = prepared(args, scratch, folder, "plain-data", args.batch_size, 32, 1)
+        times = alternate(plain.ours, plain.bare(), args.turns, plain.backbone.device)
+        training.append(row("unconditional, pixels", "bare loop", *times, "at most 1.10"))
+        # DDIMPipeline cannot give out bfloat16: both in float32.
+        plain = prepared(args, scratch, folder, "plain-data-2", args.batch_size, 32, 1, "float32")
+        times = alternate(plain.sample_ours, plain.sample_theirs(), args.turns, plain.backbone.device)
+        sampling.append(row("unconditional, pixels, float32", "DDIMPipeline", *times, ""))
+    if "latent" in args.parts:
+        folder = make_latent(scratch / "latent")
+        latent = prepared(args, scratch, folder, "latent-data", args.latent_batch_size, LATENT_PIXELS, 3)
+        times = alternate(latent.ours, latent.stock(), args.turns, latent.backbone.device)
+        training.append(row("latent", "stock LoRA loop", *times, "1.5 times as fast"))
+        share = latent.seconds / statistics.median(times[1])
+        filled = (
+            "\nThe latent model's caches are filled once per device, outside these times: that took "
+            f"{share:.1f} times as long\nas the stock loop takes for one pass over the same images, reading them and "
+            "writing the files included.\n"
+        )
+        times = alternate(latent.sample_ours, latent.sample_theirs(), args.turns, latent.backbone.device)
+        sampling.append(row("latent, guided", "StableDiffusionPipeline", *times, ""))
+        filled += show("Operations per image, in thousand millions", relations(folder))
+    title = f"Training, {args.turns} turns of {args.batches} batches: our time over the other's"
+    result = show(title, training) + filled
+    return result + show(
+        f"Sampling, {args.turns} turns of a batch, DDIM, {args.steps} steps, guidance {GUIDANCE:g}", sampling
     )
-    result += show(f"Sampling, {turns} turns of a batch, DDIM, {args.steps} steps, guidance {GUIDANCE:g}", sampling)
-    result += show("Operations of a forward pass per image, the UNet's as 1", relations(folder))
-    return result
+
+
+def prepared(
+    args: argparse.Namespace,
+    scratch: Path,
+    folder: Path,
+    name: str,
+    batch: int,
+    side: int,
+    channels: int,
+    dtype: str = "",
+) -> Case:
+    """A case with so many random images that the training part is full."""
+    data = write_images(scratch / name, -(-batch * args.batches * 10 // 9) + 2, side, channels)
+    return Case(folder, data, batch, args.batches, args, dtype)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="bundled", help="a text-conditional pipeline in pixel space")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--batches", type=int, default=6, help="of a turn of training")
     parser.add_argument("--batch-size", type=int, default=32, help="in pixel space")
@@ -397,6 +421,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -122,6 +122,7 @@ class PartitionSettings(Group):
     by: Literal["auto", "iid", "label", "topic", "single-label"]
     alpha: Positive
     min_examples: AtLeastOne
+    max_examples: AtLeastZero
 
 
 class PersonalSettings(Group):
@@ -269,6 +270,12 @@ class DiffusionSettings(Group):
         return value
 
 
+class GanSettings(Group):
+    """``gan.*``: how a generator and a discriminator learn."""
+
+    r1: NotNegative
+
+
 class MetricSettings(Group):
     """``metrics.*``: how generated images are measured."""
 
@@ -328,6 +335,7 @@ class Settings(Group):
     wire: WireSettings
     samples: SampleSettings
     diffusion: DiffusionSettings
+    gan: GanSettings
     metrics: MetricSettings
     aggregation: AggregationSettings
     clusters: ClusterSettings

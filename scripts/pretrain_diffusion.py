@@ -11,11 +11,8 @@ interrupted training goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _training import Recipe, arguments, draw_of, load_state, save_state, without_machine_notes, write_report
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -59,30 +57,17 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """AdamW, linear warm-up, cosine decay to a twentieth, moving average. Ends after `minutes` or `steps`."""
+class DiffusionRecipe(Recipe):
+    """AdamW, cosine decay to a twentieth, moving average."""
 
-    minutes: float | None
-    steps: int | None
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup_steps: int = 200
     weight_decay: float = 0.01
+    floor: float = 0.05
     clip: float = 1.0
     average: float = 0.999
     flip: bool = False
-    seed: int = 1
-
-    def progress(self, step: int, seconds: float) -> float:
-        """How much of the training is done, 0 to 1."""
-        if self.steps is not None:
-            return min(1.0, step / self.steps)
-        return min(1.0, seconds / (60 * (self.minutes or 1.0)))
-
-    def rate(self, step: int, progress: float) -> float:
-        """Learning rate at a step."""
-        decayed = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * decayed
 
 
 class Conditional(nn.Module):
@@ -144,12 +129,31 @@ def encode(captions: Sequence[str], tokenizer: PreTrainedTokenizerFast, length: 
     ).input_ids
 
 
+def noised(
+    pixels: Tensor, labels: Tensor, schedule: DDPMScheduler, recipe: DiffusionRecipe, step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A step's noisy images, their timesteps, the numbers of their captions, and the velocity to predict."""
+    draw = draw_of(recipe.seed, step)
+    chosen = torch.randint(len(pixels), (recipe.batch_size,), generator=draw)
+    wording = 1 + labels[chosen] * len(WORDINGS)
+    wording += torch.randint(len(WORDINGS), (recipe.batch_size,), generator=draw)
+    wording[torch.rand(recipe.batch_size, generator=draw) < EMPTY] = 0
+    timesteps = torch.randint(len(schedule), (recipe.batch_size,), generator=draw)
+    images = pixels[chosen]
+    noise = torch.randn(images.shape, generator=draw)
+    if recipe.flip:
+        mirrored = torch.rand(recipe.batch_size, generator=draw) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    noisy, target = schedule.add_noise(images, noise, timesteps), schedule.get_velocity(images, noise, timesteps)
+    return noisy, timesteps, wording, target
+
+
 def train(
     model: Conditional,
     pixels: Tensor,
     labels: Tensor,
     tokens: Tensor,
-    recipe: Recipe,
+    recipe: DiffusionRecipe,
     checkpoint: Path | None,
 ) -> tuple[Conditional, int, float]:
     """Train in place.
@@ -169,30 +173,16 @@ def train(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
     step, seconds = 0, 0.0
-    if checkpoint and (checkpoint / "state.pt").exists():
-        state = torch.load(checkpoint / "state.pt", weights_only=True, map_location=device)
+    if state := load_state(checkpoint, device):
         model.load_state_dict(state["model"])
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
-        print(f"resumed at step {step}", flush=True)
     saved, running = seconds, torch.zeros((), device=device)
     while (progress := recipe.progress(step, seconds)) < 1:
         started = time.monotonic()
         optimizer.param_groups[0]["lr"] = recipe.rate(step, progress)
-        # What is drawn depends on (seed, step) alone: a resumed training sees the same.
-        draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        chosen = torch.randint(len(pixels), (recipe.batch_size,), generator=draw)
-        wording = 1 + labels[chosen] * len(WORDINGS)
-        wording += torch.randint(len(WORDINGS), (recipe.batch_size,), generator=draw)
-        wording[torch.rand(recipe.batch_size, generator=draw) < EMPTY] = 0
-        timesteps = torch.randint(len(schedule), (recipe.batch_size,), generator=draw)
-        images = pixels[chosen]
-        noise = torch.randn(images.shape, generator=draw)
-        if recipe.flip:
-            mirrored = torch.rand(recipe.batch_size, generator=draw) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        noisy, target = schedule.add_noise(images, noise, timesteps), schedule.get_velocity(images, noise, timesteps)
+        noisy, timesteps, wording, target = noised(pixels, labels, schedule, recipe, step)
         inputs = [tensor.to(device) for tensor in (noisy, timesteps, tokens, wording)]
         with torch.autocast(device.type, dtype=torch.bfloat16):
             predicted = model(*inputs)
@@ -211,25 +201,11 @@ def train(
             print(f"step {step}  {progress:.1%}  loss {running.item() / 100:.4f}  {speed:.0f} images/s", flush=True)
             running.zero_()
         if checkpoint and seconds - saved > 120:
-            save_state(checkpoint, model, averaged, optimizer, step, seconds)
+            parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
+            kept = {name: part.state_dict() for name, part in parts.items()}
+            save_state(checkpoint, kept | {"step": step, "seconds": seconds})
             saved = seconds
     return averaged, step, seconds
-
-
-def save_state(
-    folder: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float
-) -> None:
-    """Write the checkpoint whole or not at all."""
-    state = {
-        "model": model.state_dict(),
-        "averaged": averaged.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "seconds": seconds,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / "state.pt.new")
-    os.replace(folder / "state.pt.new", folder / "state.pt")
 
 
 def save_pipeline(folder: Path, model: Conditional, tokenizer: PreTrainedTokenizerFast, length: int) -> None:
@@ -240,11 +216,7 @@ def save_pipeline(folder: Path, model: Conditional, tokenizer: PreTrainedTokeniz
     noise_schedule().save_pretrained(folder / "scheduler")
     tokenizer.model_max_length = length
     tokenizer.save_pretrained(folder / "tokenizer")
-    path = folder / "tokenizer" / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for note in ("backend", "is_local", "local_files_only"):  # about this machine, not about the tokenizer
-        config.pop(note, None)
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    without_machine_notes(folder / "tokenizer")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": half.unet.config["_diffusers_version"],
@@ -268,44 +240,47 @@ def choose(images: np.ndarray, labels: Sequence[str], wanted: Sequence[str]) -> 
     return images[kept], torch.tensor([wanted.index(labels[i]) for i in kept])
 
 
+def read(source: str, resolution: int, names: Sequence[str], wanted: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The images of the wanted classes, (n, channels, h, w) in -1..1, and the number of each one's class."""
+    found = load_images(source, "train", resolution=resolution)
+    if found is None or found.labels is None:
+        raise SystemExit(f"--images {source}: no training images with labels")
+    labels = [names[int(label)] if names else label for label in found.labels]
+    images, classes = choose(found.pixels, labels, wanted)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, classes
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")] if text else []
+
+
 def main() -> None:
     """Train and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "folder for the pipeline")
     parser.add_argument("--images", type=str, required=True, help="what the setting `dataset` takes: a folder or file")
     parser.add_argument("--names", default="", help="names of the classes 0, 1, ..., where the data have only numbers")
     parser.add_argument("--classes", required=True, help="names of the classes to train on, comma-separated")
     parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "fedgen_assets" / "language")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
     parser.add_argument("--channels", default="16,32,64,64", help="of the UNet's blocks")
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--flip", action="store_true", help="mirror half of the images")
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="minutes of training")
-    length.add_argument("--steps", type=int, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--checkpoint", type=Path, help="folder to save to, and to go on from")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shape = Shape(channels=tuple(int(c) for c in args.channels.split(",")), resolution=args.resolution)
-    recipe = Recipe(
+    recipe = DiffusionRecipe(
         minutes=args.minutes,
         steps=args.steps,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         flip=args.flip,
     )
-    wanted = [name.strip() for name in args.classes.split(",")]
+    wanted = _names(args.classes)
 
-    found = load_images(args.images, "train", resolution=shape.resolution)
-    if found is None or found.labels is None:
-        raise SystemExit(f"--images {args.images}: no training images with labels")
-    names = [name.strip() for name in args.names.split(",")] if args.names else []
-    labels = [names[int(label)] if names else label for label in found.labels]
-    images, classes = choose(found.pixels, labels, wanted)
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels, classes = read(args.images, shape.resolution, _names(args.names), wanted)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     captions = ["", *(wording.format(name) for name in wanted for wording in WORDINGS)]
     tokens = encode(captions, tokenizer, shape.text_length)
@@ -326,8 +301,7 @@ def main() -> None:
         "images_seen": steps * recipe.batch_size,
         "minutes": round(seconds / 60, 1),
     }
-    (args.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    write_report(args.output, report)
 
 
 if __name__ == "__main__":

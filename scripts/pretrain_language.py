@@ -9,10 +9,7 @@ With --checkpoint DIR an interrupted training goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from _training import Recipe, arguments, draw_of, load_state, save_state, without_machine_notes, write_report
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
@@ -42,28 +40,15 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Muon and AdamW, linear warm-up, cosine decay to a twentieth. Ends after `minutes` of training or `steps`."""
+class LanguageRecipe(Recipe):
+    """Muon and AdamW, cosine decay to a twentieth."""
 
-    minutes: float | None
-    steps: int | None
     batch_size: int = 16
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
+    floor: float = 0.05
     clip: float = 1.0
-    seed: int = 1
-
-    def progress(self, step: int, seconds: float) -> float:
-        """How much of the training is done, 0 to 1."""
-        if self.steps is not None:
-            return min(1.0, step / self.steps)
-        return min(1.0, seconds / (60 * (self.minutes or 1.0)))
-
-    def rate(self, step: int, progress: float) -> float:
-        """Learning rate at a step."""
-        decayed = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * decayed
 
 
 def read_documents(paths: Iterable[Path]) -> list[str]:
@@ -117,11 +102,7 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int) -> PreTrainedToke
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save under the class name that every release of transformers knows."""
     tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for note in ("backend", "is_local", "local_files_only"):  # about this machine, not about the tokenizer
-        config.pop(note, None)
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    without_machine_notes(folder)
 
 
 def to_stream(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
@@ -172,13 +153,7 @@ def bits_per_byte(model: LlamaForCausalLM, stream: Tensor, text_bytes: int, cont
     return nats / math.log(2) / text_bytes
 
 
-def save_state(folder: Path, state: dict[str, object]) -> None:
-    """Write the checkpoint whole or not at all."""
-    torch.save(state, folder / "state.pt.new")
-    os.replace(folder / "state.pt.new", folder / "state.pt")
-
-
-def build_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: LlamaForCausalLM, recipe: LanguageRecipe) -> list[torch.optim.Optimizer]:
     """Muon (https://kellerjordan.github.io/posts/muon) for the matrices inside, AdamW for embeddings and norms.
 
     Muon needs fewer tokens than AdamW for the same loss, and tokens are what a processor has few of.
@@ -197,27 +172,24 @@ def train(
     model: LlamaForCausalLM,
     stream: Tensor,
     context: int,
-    recipe: Recipe,
+    recipe: LanguageRecipe,
     checkpoint: Path | None,
     forward: Callable[..., Tensor],
 ) -> tuple[int, float]:
     """Train in place on random windows of the stream; returns (steps, seconds of training)."""
     optimizers = build_optimizers(model, recipe)
     step, seconds = 0, 0.0
-    if checkpoint and (checkpoint / "state.pt").exists():
-        state = torch.load(checkpoint / "state.pt", weights_only=True)
+    if state := load_state(checkpoint):
         model.load_state_dict(state["model"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         step, seconds = state["step"], state["seconds"]
-        print(f"resumed at step {step}", flush=True)
     saved = seconds
     while (progress := recipe.progress(step, seconds)) < 1:
         started = time.monotonic()
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.rate(step, progress)
-        # The windows depend on (seed, step) alone: a resumed training sees the same ones.
-        draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        draw = draw_of(recipe.seed, step)
         starts = torch.randint(len(stream) - context - 1, (recipe.batch_size,), generator=draw)
         loss = forward(model, torch.stack([stream[i : i + context + 1] for i in starts]))
         loss.backward()
@@ -240,19 +212,14 @@ def train(
 
 def main() -> None:
     """Train tokenizer and model, measure, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "folder for tokenizer and weights")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files, or folders of .txt files")
-    parser.add_argument("--output", type=Path, required=True, help="folder for tokenizer and weights")
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="minutes of training")
-    length.add_argument("--steps", type=int, help="optimiser steps")
     parser.add_argument("--checkpoint", type=Path, help="folder to save to, and to go on from")
     parser.add_argument("--held-out", type=float, default=0.02, help="fraction of the documents")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler, much faster")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    shape, recipe = Shape(), Recipe(minutes=args.minutes, steps=args.steps)
+    shape, recipe = Shape(), LanguageRecipe(minutes=args.minutes, steps=args.steps)
 
     training, held_out = split(read_documents(args.text), args.held_out, recipe.seed)
     if args.checkpoint and (args.checkpoint / "tokenizer.json").exists():
@@ -287,8 +254,7 @@ def main() -> None:
         "held_out_bytes": test_bytes,
         "bits_per_byte": {"before": round(before, 4), "after": round(after, 4)},
     }
-    (args.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    write_report(args.output, report)
 
 
 if __name__ == "__main__":

@@ -10,31 +10,25 @@ was shown, and how much noise and blur was in it. The heads are thrown away. Wha
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
-import math
-import os
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
+from _training import Recipe, arguments, write_report
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedgen_app.data.images import load_images
-from fedgen_app.tasks._quality import SIDE, WIDTH, prepare, small_network
+from fedgen_app.tasks._features import SIDE, WIDTH, prepare, small_network
 
 THUMBNAIL = 16
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """AdamW, linear warm-up, cosine decay to nothing. Ends after `minutes` or `steps`."""
+class FeatureRecipe(Recipe):
+    """AdamW, cosine decay to nothing."""
 
-    minutes: float | None
-    steps: int | None
     batch_size: int = 128
     learning_rate: float = 2e-3
     warmup_steps: int = 50
@@ -46,17 +40,6 @@ class Recipe:
     blur: float = 1.2  # standard deviation in pixels of the Gaussian that is mixed in
     thumbnail_weight: float = 2.0
     degradation_weight: float = 2.0
-    seed: int = 1
-
-    def progress(self, step: int, seconds: float) -> float:
-        """How much of the training is done, 0 to 1."""
-        if self.steps is not None:
-            return min(1.0, step / self.steps)
-        return min(1.0, seconds / (60 * (self.minutes or 1.0)))
-
-    def rate(self, step: int, progress: float) -> float:
-        """Learning rate at a step."""
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Heads(nn.Module):
@@ -69,7 +52,7 @@ class Heads(nn.Module):
         self.degradation = nn.Linear(WIDTH, 2)
 
 
-def move(images: Tensor, recipe: Recipe, draw: torch.Generator) -> Tensor:
+def move(images: Tensor, recipe: FeatureRecipe, draw: torch.Generator) -> Tensor:
     """Images (n, 1, h, w) from -1 to 1, shifted and zoomed at random; black comes in at the edges."""
     count = len(images)
     theta = torch.zeros(count, 2, 3)
@@ -87,7 +70,7 @@ def gaussian(deviation: float, reach: int = 3) -> Tensor:
     return (kernel / kernel.sum())[None, None]
 
 
-def degrade(images: Tensor, recipe: Recipe, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+def degrade(images: Tensor, recipe: FeatureRecipe, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images with blur, then noise, and how much of each (n, 2) from 0 to 1: noise first."""
     count = len(images)
     amounts = torch.rand(count, 2, generator=draw)
@@ -111,7 +94,7 @@ def read(source: str, split: str) -> tuple[Tensor, Tensor, list[str]]:
     return prepare(pixels.expand(-1, 3, -1, -1)), labels, names
 
 
-def train(layers: nn.Module, heads: Heads, images: Tensor, labels: Tensor, recipe: Recipe) -> tuple[int, float]:
+def train(layers: nn.Module, heads: Heads, images: Tensor, labels: Tensor, recipe: FeatureRecipe) -> tuple[int, float]:
     """Train in place; gives the steps and the seconds."""
     draw = torch.Generator().manual_seed(recipe.seed)
     parameters = [*layers.parameters(), *heads.parameters()]
@@ -140,7 +123,7 @@ def train(layers: nn.Module, heads: Heads, images: Tensor, labels: Tensor, recip
 
 
 @torch.inference_mode()
-def measure(layers: nn.Module, heads: Heads, images: Tensor, labels: Tensor, recipe: Recipe) -> dict[str, float]:
+def measure(layers: nn.Module, heads: Heads, images: Tensor, labels: Tensor, recipe: FeatureRecipe) -> dict[str, float]:
     """What the heads still read from the features of images not trained on, clean ones and degraded ones."""
     clean = torch.cat([layers(batch) for batch in images.split(256)])
     damaged, amounts = degrade(images, recipe, torch.Generator().manual_seed(recipe.seed))
@@ -159,16 +142,11 @@ def measure(layers: nn.Module, heads: Heads, images: Tensor, labels: Tensor, rec
 
 def main() -> None:
     """Train, measure and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "folder for model.safetensors and training.json")
     parser.add_argument("--images", required=True, help="folder with train.npz and test.npz")
-    parser.add_argument("--output", type=Path, required=True, help="folder for model.safetensors and training.json")
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="minutes of training")
-    length.add_argument("--steps", type=int, help="optimiser steps")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipe = Recipe(minutes=args.minutes, steps=args.steps)
+    recipe = FeatureRecipe(minutes=args.minutes, steps=args.steps)
     images, labels, names = read(args.images, "train")
     test_images, test_labels, test_names = read(args.images, "test")
     if names != test_names:
@@ -199,8 +177,7 @@ def main() -> None:
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         **measure(layers.eval(), heads, test_images, test_labels, recipe),
     }
-    (args.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    write_report(args.output, report)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from diffusers import (
     UNet2DModel,
 )
 from helpers import tiny_config, workspace, write_tokenizer
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fedgen_app.learning import adapters
@@ -195,6 +196,20 @@ def write_images(file: Path, each: int, seed: int) -> None:
     labels = generator.permutation(np.repeat(np.arange(len(CLASSES)), each))
     images = np.stack([draw(int(label), generator) for label in labels])
     np.savez(file, images=images, labels=labels, names=np.array(CLASSES))
+
+
+def class_folders(folder: Path, each: int, broken: int = 0) -> Path:
+    """Folders train and test with so many PNGs of every class, and so many files that are none."""
+    generator = np.random.default_rng(6)
+    for part in ("train", "test"):
+        for label, name in enumerate(CLASSES):
+            place = folder / part / name
+            place.mkdir(parents=True)
+            for number in range(each):
+                Image.fromarray(draw(label, generator)).save(place / f"{number}.png")
+        for number in range(broken):
+            (folder / part / CLASSES[0] / f"broken-{number}.png").write_bytes(b"no picture")
+    return folder
 
 
 @functools.cache

@@ -43,7 +43,7 @@ def test_mistakes_are_told_all_at_once_and_before_torch(tmp_path: Path) -> None:
     for hint in (
         "did you mean method",
         "'auto', 'iid', 'label', 'topic' or 'single-label'",
-        "one of diffusion, language",
+        "one of diffusion, gan, language, vae",
         "greater than",
     ):
         assert hint in done.stderr, hint
@@ -90,6 +90,7 @@ WRONG = {
     "partition.by": "x",
     "partition.alpha": "0",
     "partition.min-examples": "0",
+    "partition.max-examples": "-1",
     "personal.epochs": "-1",
     "personal.max-steps": "-1",
     "personal.learning-rate": "0",
@@ -143,6 +144,7 @@ WRONG = {
     "fedopt.beta1": "1",
     "fedopt.beta2": "1",
     "fedopt.tau": "0",
+    "gan.r1": "-1",
     "metrics.samples": "-1",
     "metrics.personal-samples": "-1",
     "metrics.features": "/no/such/weights",

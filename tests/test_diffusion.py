@@ -34,7 +34,7 @@ from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.learning.export import card, save_peft
 from fedgen_app.learning.task import Examples
 from fedgen_app.settings import SampleSettings
-from fedgen_app.tasks import _measure, _objective
+from fedgen_app.tasks import _likeness, _measure, _objective
 from fedgen_app.tasks._denoiser import predict
 from fedgen_app.tasks._objective import denoising_loss
 from fedgen_app.tasks._pictures import Reference
@@ -408,7 +408,7 @@ def test_extractors_that_vanished_are_noticed_before_a_client_works(
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", out_of_reach)
-    _measure._inception_or_bundled.cache_clear()
+    _likeness._inception_or_bundled.cache_clear()
     settings, backbone = image_settings("text", metrics__features="auto"), loud("text")
     test = TASK.load_test(settings, backbone)
     TASK.check(settings, backbone, test, None)

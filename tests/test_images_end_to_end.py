@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, command, events, federate, results, without_times
+from helpers import ROOT, RecordingGrid, command, events, federate, results, without_times
 from PIL import Image
-from pipelines import CLASSES, MAKERS, draw, image_config, image_settings, write_images
+from pipelines import CLASSES, MAKERS, class_folders, draw, image_config, image_settings, tiny_images, write_images
 from safetensors.torch import load_file
 
 from fedgen_app.errors import CheckpointError
@@ -22,7 +23,7 @@ from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import open_backbone
 from fedgen_app.runs import report
 from fedgen_app.settings import Value
-from fedgen_app.tasks import _measure, _quality
+from fedgen_app.tasks import _features, _likeness
 from fedgen_app.tasks._grid import BETWEEN, GAP, LEAST_SIDE, LINE
 
 STATES = ("frozen", "global", "personal")
@@ -210,16 +211,16 @@ def test_a_run_does_not_go_on_with_another_feature_extractor(
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(copy))
     monkeypatch.setattr(torch.hub, "download_url_to_file", out_of_reach)
-    _measure._inception_or_bundled.cache_clear()
+    _likeness._inception_or_bundled.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(_quality, "SMALL", "another-extractor")
-        _quality.open_extractor.cache_clear()
+        patch.setattr(_features, "SMALL", "another-extractor")
+        _features.open_extractor.cache_clear()
         with pytest.raises(CheckpointError, match="with fedgen-small-32, and .* 'auto' gives another-extractor"):
             federate(config)
     assert results(copy)["status"] == "failed" and len(results(copy)["rounds"]) <= 1
     # The same extractor under another setting is the same.
-    _quality.open_extractor.cache_clear()
-    _measure._inception_or_bundled.cache_clear()
+    _features.open_extractor.cache_clear()
+    _likeness._inception_or_bundled.cache_clear()
     found = federate(config)
     assert found["status"] == "completed" and found["rounds"][1]["metrics"]["features"] == "fedgen-small-32"
     assert found["final"]["metrics"] == results(run("latent"))["final"]["metrics"]
@@ -246,6 +247,41 @@ def test_clients_measure_kid_of_their_own_images_where_asked(tmp_path: Path) -> 
         )
     distances = {entry["frozen"]["kid"] for entry in found["personal"]}
     assert len(distances) == 3, "every client has images of its own"
+
+
+def test_images_that_cannot_be_read_are_counted_in_the_results(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "shapes", 6, broken=3)
+    changes: dict[str, Value] = {"dataset": str(source), "num_server_rounds": 1, "metrics__samples": 0}
+    found = federate(image_config(tmp_path / "run", "text", personal__epochs=0, samples__count=0, **changes))
+    assert found["data"] == {"skipped": 3, "skipped_by_client": {}, "skipped_test": 3}, "all clients share one data set"
+    changes["dataset"] = str(tiny_images())
+    whole = federate(image_config(tmp_path / "whole", "text", personal__epochs=0, samples__count=0, **changes))
+    assert whole["data"] == {"skipped": 0, "skipped_by_client": {}, "skipped_test": 0}
+
+
+@pytest.mark.slow
+def test_devices_tell_how_many_images_they_cannot_read_and_how_each_class_is_drawn(tmp_path: Path) -> None:
+    changes: dict[str, Value] = KID | {"dataset": "", "max_steps": 2, "personal__max_steps": 2}
+    changes |= {"metrics__personal_samples": 1000, "metrics__classes": "cross,square", "expected_clients": 2}
+    config = image_config(tmp_path / "run", "text", **changes)
+    grid = RecordingGrid(config, 2)
+    for node, (name, broken) in enumerate((("attic", 2), ("cellar", 0)), start=1):
+        folder = class_folders(tmp_path / name, 44, broken)
+        grid.contexts[node].node_config = {
+            "client-id": name,
+            "data": str(folder),
+            "state-dir": str(tmp_path / "state" / name),
+        }
+    found = federate(config, 2, grid)
+    assert found["data"] == {"skipped": 2, "skipped_by_client": {"attic": 2}, "skipped_test": 0}
+    assert [entry["client"] for entry in found["personal"]] == ["attic", "cellar"]
+    for entry in found["personal"]:
+        # A disc has no number that the server knows: neither its name nor its figure leaves the device.
+        assert all(set(entry[state]["kid_by_class"]) == {"cross", "square"} for state in STATES)
+    names = {name for reply in grid.replies for name in reply.content.metric_records.get("metrics", {})}
+    assert "global.kid_by_class_1" in names and not any("disc" in n or "square" in n for n in names)
+    (card,) = (tmp_path / "state" / "attic").rglob("README.md")
+    assert re.search(r"pipeline\('a photo of a (disc|square|cross)', height=128", card.read_text())
 
 
 def few(folder: Path) -> Path:

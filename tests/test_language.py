@@ -213,6 +213,22 @@ def test_clients_of_a_simulation_share_out_every_document(backbone: Backbone) ->
     assert min(data.train.counts["tokens"] for data in owned) > 0
 
 
+def test_a_limit_shrinks_the_training_rows_and_leaves_the_holdout(backbone: Backbone, tmp_path: Path) -> None:
+    whole = TASK.load_data(tiny_settings(), backbone, Share(0, 2))
+    part = TASK.load_data(tiny_settings(partition__max_examples=3), backbone, Share(0, 2))
+    assert torch.equal(part.holdout.rows["labels"], whole.holdout.rows["labels"])
+    assert 0 < part.train.counts["tokens"] < whole.train.counts["tokens"] / 2
+    assert part.train.counts["words"] >= 3 * 6, "three documents of at least six words"
+    (tmp_path / "train.txt").write_text("\n\n".join(f"a page about the number {i}" for i in range(40)))
+    on_a_device = [
+        TASK.load_data(
+            tiny_settings(label_column="", partition__max_examples=most), backbone, Share(folder=str(tmp_path))
+        )
+        for most in (0, 3)
+    ]
+    assert on_a_device[0].train.counts == on_a_device[1].train.counts
+
+
 def test_one_document_is_enough_and_none_is_an_error(backbone: Backbone, tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "the wind rose\0at night"}) + "\n")
     settings = tiny_settings(label_column="")

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedgen_app.data.local import Corpus, files_below, holdout, label_name, load_corpus
+from fedgen_app.data.local import Corpus, files_below, holdout, label_name, limited, load_corpus
 from fedgen_app.errors import DataError
 
 
@@ -243,3 +243,15 @@ def test_holdout_at_the_edges() -> None:
     assert [indices.tolist() for indices in holdout(1, 0.2, 0)] == [[0], [0]]
     with pytest.raises(DataError, match="no document"):
         holdout(0, 0.2, 0)
+
+
+def test_a_limit_draws_from_the_whole_share_and_smaller_ones_are_nested() -> None:
+    kept, _ = holdout(500, 0.2, 3)
+    few, more = limited(kept, 10, seed=5), limited(kept, 100, seed=5)
+    assert (len(few), len(more)) == (10, 100)
+    assert set(few) < set(more) < set(kept)
+    assert few.tolist() == sorted(few.tolist())
+    assert not np.array_equal(few, limited(kept, 10, seed=6))
+    assert few.max() > 250, "drawn from all of them, not the first"
+    for no_limit in (0, 400, 1000):
+        assert np.array_equal(limited(kept, no_limit, seed=5), kept)

@@ -8,11 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
-from pipelines import CLASSES, PROMPT_TOKENS, SIDE, draw, image_settings, loud, tiny_images, tiny_pipeline, write_images
+from PIL import Image
+from pipelines import (
+    CLASSES,
+    PROMPT_TOKENS,
+    SIDE,
+    class_folders,
+    draw,
+    image_settings,
+    loud,
+    tiny_images,
+    tiny_pipeline,
+    write_images,
+)
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer, CLIPTextModel
 
@@ -21,7 +34,8 @@ from fedgen_app.learning import backbone as backbone_module
 from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.learning.task import Examples, Share
 from fedgen_app.settings import Settings
-from fedgen_app.tasks._pictures import Reference
+from fedgen_app.tasks import _sources
+from fedgen_app.tasks._pictures import Encoded, Reference
 from fedgen_app.tasks.diffusion import TASK
 
 ALL: dict[str, Any] = {"test_sequences": 0}
@@ -260,6 +274,11 @@ def test_clients_share_out_every_image_and_hold_some_back() -> None:
     settings = image_settings("text", holdout_fraction=0.25)
     backbone = open_backbone(settings)
     owned = [TASK.load_data(settings, backbone, Share(n, 3)) for n in range(3)]
+    few = TASK.load_data(
+        image_settings("text", holdout_fraction=0.25, partition__max_examples=2), backbone, Share(0, 3)
+    )
+    assert len(few.train) == 2 < len(owned[0].train)
+    assert len(few.holdout) == len(owned[0].holdout)
     parts = [part for data in owned for part in (data.train, data.holdout)]
     with np.load(tiny_images() / "train.npz") as arrays:
         whole = sorted(image.tobytes() for image in arrays["images"])
@@ -304,6 +323,81 @@ def test_a_client_compares_with_its_own_images() -> None:
     own = {row.numpy().tobytes() for row in data.holdout.rows["pixels"]}
     assert {image.tobytes() for image in found.pixels} <= own, "an image that it trained on"
     assert data.train.reference is None
+
+
+def test_files_that_change_between_two_messages_are_read_again(own_cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    write_images(folder / "train.npz", 4, 1)
+    settings = image_settings("text", dataset=str(folder))
+    backbone, shares = open_backbone(settings), (Share(0, 2), Share(folder=str(folder)))
+    first = [TASK.load_data(settings, backbone, share) for share in shares]
+    again = [TASK.load_data(settings, backbone, share) for share in shares]
+    write_images(folder / "train.npz", 6, 3)
+    changed = [TASK.load_data(settings, backbone, share) for share in shares]
+    for one, same, other in zip(first, again, changed, strict=True):
+        assert torch.equal(one.train.rows["pixels"], same.train.rows["pixels"])
+        assert len(other.train) + len(other.holdout) > len(one.train) + len(one.holdout)
+    assert len(changed[1].train) + len(changed[1].holdout) == 18
+
+
+def test_a_data_set_of_the_hub_is_decoded_once_per_machine(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with np.load(tiny_images() / "train.npz") as arrays:
+        images, labels = arrays["images"][:12], arrays["labels"][:12]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
+    rows = {"image": [Image.fromarray(image) for image in images], "label": labels.tolist()}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
+    plain, decoded = datasets.load_dataset, _sources.load_images
+
+    def served(name: str, config: str | None = None, revision: str | None = None) -> Any:
+        assert (name, config, revision) == ("owner/shapes", None, None)
+        return plain("parquet", data_files={"train": str(tmp_path / "train.parquet")}, cache_dir=str(tmp_path / "hub"))
+
+    counted: list[str] = []
+
+    def counting(source: str, *arguments: Any, **options: Any) -> Any:
+        counted.append(source)
+        return decoded(source, *arguments, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", served)
+    monkeypatch.setattr(_sources, "load_images", counting)
+    settings = image_settings("text", dataset="owner/shapes")
+    for _ in range(2):
+        _sources._on_hub.cache_clear()  # as another process of this machine
+        found = _sources.training_pictures(settings, open_backbone(settings), settings.dataset)
+        assert np.array_equal(found.pixels[..., 0], images)
+        assert found.labels == tuple(CLASSES[label] for label in labels) and found.classes == CLASSES
+        assert TASK.load_test(settings, open_backbone(settings)) is None
+    assert counted == ["owner/shapes"]
+    # Other content of the data set has another fingerprint.
+    datasets.Dataset.from_dict({k: v[:6] for k, v in rows.items()}, features).to_parquet(tmp_path / "train.parquet")
+    _sources._on_hub.cache_clear()
+    assert len(_sources.training_pictures(settings, open_backbone(settings), settings.dataset)) == 6
+    assert counted == ["owner/shapes"] * 2
+
+
+def test_rows_are_copied_once_at_most() -> None:
+    pixels = np.arange(6 * 1 * 4 * 4, dtype=np.uint8).reshape(6, 1, 4, 4)
+    encoded = Encoded({"pixels": pixels, "caption": np.array([1, 2, 1, 2, 3, 3])}, {"hidden": np.eye(4)})
+    some = encoded.take(np.array([1, 3, 4]))
+    assert np.array_equal(some.rows["pixels"], pixels[[1, 3, 4]]) and some.rows["pixels"].is_contiguous()
+    assert some.shared["hidden"][some.rows["caption"]].tolist() == np.eye(4)[[2, 2, 3]].tolist()
+    assert len(some.shared["hidden"]) == 3
+    neighbours = encoded.take(np.array([2, 3, 4]))
+    assert np.shares_memory(neighbours.rows["pixels"].numpy(), pixels)
+    assert np.array_equal(neighbours.rows["pixels"], pixels[2:5])
+    assert len(encoded.take(np.array([], np.int64)).rows["pixels"]) == 0
+
+
+def test_broken_test_images_are_told_of_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = class_folders(tmp_path / "own", 3, broken=2)
+    settings = image_settings("text", dataset=str(folder), **ALL)
+    found = loaded(settings)
+    assert (len(found), found.skipped) == (9, 2)
+    assert "own: 2 images cannot be read and are left out" in caplog.text
+    assert TASK.load_data(settings, open_backbone(settings), Share()).skipped == 2
 
 
 def test_prompts_are_those_of_the_settings_or_of_the_data() -> None:

@@ -7,6 +7,7 @@ import pickle
 import random
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,21 +21,20 @@ from torch.utils.data import Dataset
 import fedgen_assets
 from fedgen_app.data.images import load_images
 from fedgen_app.errors import FedgenError, MetricError, SettingsError
-from fedgen_app.tasks import _quality
-from fedgen_app.tasks._quality import (
-    SMALL,
-    Extractor,
-    compare,
-    diversity,
-    extract,
-    open_extractor,
-    per_class,
-    reference,
-    subset_size,
-)
+from fedgen_app.tasks import _features, _quality
+from fedgen_app.tasks._features import SMALL, Extractor, extract, open_extractor, reference
+from fedgen_app.tasks._quality import Real, diversity, per_class, real_side, subset_size
 
 CPU = torch.device("cpu")
 INCEPTION = os.environ.get("FEDGEN_INCEPTION", "")
+
+
+def known(features: np.ndarray) -> Real:
+    return Real(features, features.mean(0, dtype=np.float64), np.cov(features, rowvar=False, dtype=np.float64), {})
+
+
+def compare(generated: np.ndarray, real: np.ndarray, seed: int) -> dict[str, float]:
+    return _quality.compare(generated, known(real), seed)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_features_do_not_depend_on_batches_or_on_the_random_state(
     np.testing.assert_allclose(few, features[:10], rtol=1e-4, atol=1e-4)
     assert done == [4, 8, 10]
     before = torch.random.get_rng_state()
-    _quality.open_extractor.__wrapped__("bundled", CPU)
+    _features.open_extractor.__wrapped__("bundled", CPU)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -168,6 +168,36 @@ def test_real_features_are_computed_once(
     reference(small, images.reshape(6, 64, 16, 1), progress=counted.append)
     reference(Extractor(small.name, "other weights", small.module), images, progress=counted.append)
     assert counted == [6, 6, 6, 6]
+
+
+def test_what_real_images_alone_decide_is_computed_once(
+    small: Extractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: tuple[np.ndarray, tuple[str, ...]]
+) -> None:
+    monkeypatch.setenv("FEDGEN_CACHE", str(tmp_path))
+    images, others, more = pictures[0][:40], pictures[0][40:80], pictures[0][80:120]
+    first = real_side(small, images, others, seed=3)
+    here, there = extract(small, images), extract(small, others)
+    assert first.floor == pytest.approx(compare(there, here, 3), rel=1e-5)
+    expected = compare(extract(small, more), here, 3)
+    assert _quality.compare(extract(small, more), first, 3) == pytest.approx(expected, rel=1e-5)
+    counted: list[int] = []
+    plain = _quality._statistics
+
+    def watched(features: np.ndarray) -> Any:
+        counted.append(len(features))
+        return plain(features)
+
+    monkeypatch.setattr(_quality, "_statistics", watched)
+    again = real_side(small, images, others, seed=3)  # as another process of this machine
+    assert counted == [] and again.floor == first.floor
+    for part in ("features", "mean", "covariance"):
+        np.testing.assert_array_equal(getattr(again, part), getattr(first, part))
+    # Whatever a figure hangs on makes another entry of it.
+    assert real_side(small, images, others, seed=4).floor["kid"] != first.floor["kid"]
+    assert real_side(small, images, more, seed=3).floor["fid"] != first.floor["fid"]
+    assert counted == [40, 40], "the floor's side alone, not that of the images"
+    assert real_side(small, others, images, seed=3).mean[0] != first.mean[0]
+    assert real_side(small, images, others[:20], seed=3).floor == {}
 
 
 def test_the_class_that_failed_stands_out(small: Extractor, pictures: tuple[np.ndarray, tuple[str, ...]]) -> None:
@@ -237,7 +267,7 @@ def test_no_damage_to_weights_ends_in_a_traceback(tmp_path: Path, monkeypatch: p
     def other_layers(*_: object, **__: object) -> None:  # building Inception-v3 takes a second each time
         raise RuntimeError("missing keys")
 
-    monkeypatch.setattr(_quality, "FeatureExtractorInceptionV3", other_layers)
+    monkeypatch.setattr(_features, "FeatureExtractorInceptionV3", other_layers)
     draw, file = random.Random(0), tmp_path / "damaged.pth"
     for archive in (True, False):
         torch.save(torch.nn.BatchNorm2d(2).state_dict(), file, _use_new_zipfile_serialization=archive)
@@ -298,5 +328,5 @@ def test_inception_gives_torch_fidelitys_numbers(pictures: tuple[np.ndarray, tup
     assert left.shape == (6, 2048)
     options = {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": INCEPTION}
     theirs = directly(pictures[0][:6], pictures[0][6:12], 3, **options)
-    ours = {"fid": _quality._fid(left, right), **_quality._kid(left, right, 3)}
+    ours = compare(left, right, 3)
     assert ours == pytest.approx(theirs, rel=1e-3)

@@ -53,6 +53,7 @@ def here(client: object, /, **changes: Any) -> RecordDict:
         "rank": 8,
         "fingerprint": OURS,
         "simulated-clients": 0,
+        "skipped": 0,
         "torch": "2",
     }
     kept = {key: value for key, value in (facts | changes).items() if value is not None}
@@ -135,6 +136,10 @@ def test_another_backbone_is_left_out_and_both_fingerprints_are_shown() -> None:
         ("malformed", changed(1, client=None)),
         ("malformed", changed(1, rank=None)),
         ("malformed", changed(1, fingerprint=None)),
+        ("malformed", changed(1, skipped=None)),
+        ("malformed", changed(1, skipped=-1)),
+        ("malformed", changed(1, skipped=2**60)),
+        ("malformed", changed(1, skipped="a few")),
         ("weight", changed(1, num_examples=0)),
         ("weight", changed(1, num_examples=-1)),
         ("weight", changed(1, num_examples=1.5)),

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +20,7 @@ import fedgen_app
 from fedgen_app.errors import FedgenError, LockedError, RunError, SettingsError
 from fedgen_app.files import to_json, write_atomic
 from fedgen_app.runs import report
+from fedgen_app.runs.progress import Tail
 from fedgen_app.settings import Value, read_toml
 
 COMPLETED = "finished:completed"
@@ -81,26 +82,8 @@ class Display:
             self.status.stop()
 
 
-class Tail:
-    """New events of an events.jsonl that another process writes."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.position = file.stat().st_size if file.exists() else 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        if not self.file.exists():
-            return
-        with self.file.open("rb") as stream:
-            stream.seek(self.position)
-            for line in stream:
-                if not line.endswith(b"\n"):  # still being written
-                    return
-                self.position += len(line)
-                yield json.loads(line)
-
-
-def _terminated(number: int, frame: object) -> None:
+def terminated(number: int, frame: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
@@ -128,7 +111,7 @@ def execute(launch: Launch, folder: Path) -> None:
         FedgenError: the run failed; its text is the reason.
         KeyboardInterrupt: it was interrupted, by Ctrl-C or SIGTERM.
     """
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, terminated)
     _take(folder, launch)
     console = Console()
     display = Display(console, live=launch.engine == Engine.FLOWER or bool(launch.superlink))
@@ -246,4 +229,6 @@ def show_results(folder: Path, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    for sign in results.get("signs", []):
+        console.print(f"note: {sign}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"adapter: {folder / 'global'}", highlight=False, soft_wrap=True)

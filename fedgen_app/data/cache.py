@@ -80,7 +80,7 @@ def source_identity(source: str, split: str, bundled: str) -> str:
 
     Raises DataError where it cannot be listed.
     """
-    place = fedgen_assets.path(bundled) if source in ("bundled", "bundled:styles") else Path(source).expanduser()
+    place = fedgen_assets.path(bundled) if source == "bundled" else Path(source).expanduser()
     try:
         below = files_below(place) if place.is_dir() else [place]
         files = [file for file in below if file.is_file()]

@@ -35,7 +35,7 @@ UNREADABLE = (
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pictures:
     """Images of one split, all of one size.
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # The bundled pictures, as they are and in four styles.
-BUNDLED = ("bundled", "bundled:styles")
+STYLED = "bundled:styles"
+BUNDLED = ("bundled", STYLED)
 ENDINGS = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 )
@@ -76,7 +77,7 @@ def load_images(
 
         path = Path(fedgen_assets.path("pictures"))
     name = "bundled pictures" if source in BUNDLED else path.resolve().name
-    if source == "bundled:styles":
+    if source == STYLED:
         plain = _from_directory(path, name, split, asked)
         return None if plain is None else styled(plain)
     if path.is_file():

@@ -106,8 +106,18 @@ def holdout(count: int, fraction: float, seed: int) -> tuple[IntArray, IntArray]
     return np.sort(order[held:]), np.sort(order[:held])
 
 
+def limited(kept: IntArray, most: int, seed: int) -> IntArray:
+    """At most ``most`` of the documents to train on, sorted, drawn by the seed; 0: all of them.
+
+    A smaller limit keeps some of those that a larger one keeps, so that two of them differ in the amount of data alone.
+    """
+    if most == 0 or len(kept) <= most:
+        return kept
+    return np.sort(np.random.default_rng(seed).permutation(kept)[:most])
+
+
 def own_rows(
-    parts: Sequence[IntArray], index: int, pooled: bool, fraction: float, seed: int, unit: str
+    parts: Sequence[IntArray], index: int, pooled: bool, fraction: float, seed: int, unit: str, most: int = 0
 ) -> tuple[IntArray, IntArray]:
     """What one client trains on and what it holds out, as indices into the source.
 
@@ -115,6 +125,7 @@ def own_rows(
         parts: What every client owns; of a device's own folder there is one part.
         pooled: Train on what all clients train on, together: their hold-outs stay unseen.
         unit: What there is one of per index, for the error's text.
+        most: So many that a client trains on at most, whatever it holds out; 0: no limit.
 
     Raises:
         DataError: the client owns nothing.
@@ -125,7 +136,7 @@ def own_rows(
         if len(owned) == 0:
             raise DataError(f"client {number} of {len(parts)} owns no {unit}")
         kept, held = holdout(len(owned), fraction, derive(seed, "holdout", number))
-        return owned[kept], owned[held]
+        return owned[limited(kept, most, derive(seed, "limit", number))], owned[held]
 
     kept, held = dealt(index)
     return np.concatenate([dealt(number)[0] for number in range(len(parts))]) if pooled else kept, held

@@ -6,12 +6,12 @@ All sums run in float64 and in the order of the arguments: the same replies give
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from fedgen_app.federation.lowrank import Pair, as_factors, as_pair, compress, pad, product_norm, refill, stack
+from fedgen_app.federation.lowrank import Pair, as_factors, as_pair, compress, gram, pad, product_norm, refill, stack
 from fedgen_app.learning.adapters import Adapter, pairs
 
 if TYPE_CHECKING:
@@ -124,15 +124,44 @@ def shrink(new: Adapter, old: Adapter, scaling: float, limit: float) -> Adapter:
     Bisection, because the norm of the product is not linear along that line. Rank and scaling are the same on both
     sides.
     """
+    length = _length_along(new, old, scaling)
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        if change_norm(_between(old, new, middle), old, scaling) <= limit:
+        if length(middle) <= limit:
             low = middle
         else:
             high = middle
-    return _between(old, new, low)
+    shorter, back = between(old, new, low), 2.0**-24
+    # The factors were rounded to float32, which may have lengthened the change again by as little.
+    while low and change_norm(shorter, old, scaling) > limit:
+        low, back = max(0.0, low * (1 - back)), 2 * back
+        shorter = between(old, new, low)
+    return shorter
 
 
-def _between(old: Adapter, new: Adapter, t: float) -> Adapter:
+def _length_along(new: Adapter, old: Adapter, scaling: float) -> Callable[[float], float]:
+    """t -> norm of the change at old + t (new - old), without another look at the factors.
+
+    With D = B' - B and E = A' - A the change is t X + t^2 Y, where X = D A + B E and Y = D E.
+    """
+    products, factors = torch.zeros(2, 2, dtype=torch.float64), set()
+    for key_a, key_b in pairs(new):
+        factors |= {key_a, key_b}
+        (b_new, a_new), (b, a) = as_pair(new, key_a, key_b), as_pair(old, key_a, key_b)
+        d, e = scaling * (b_new - b), a_new - a
+        products += gram([(torch.cat([d, scaling * b], 1), torch.cat([a, e], 0)), (d, e)])
+    for key in sorted(set(new) - factors):
+        products[0, 0] += (new[key].double() - old[key].double()).square().sum()
+    (linear, cross), (_, square) = products.tolist()
+    return lambda t: math.sqrt(max(0.0, t**2 * (linear + 2 * t * cross + t**2 * square)))
+
+
+def length(tensors: Adapter) -> float:
+    """Frobenius norm of all tensors together, in float64."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
+def between(old: Adapter, new: Adapter, t: float) -> Adapter:
+    """old + t (new - old), key by key."""
     return {key: (old[key].double() + t * (new[key].double() - old[key].double())).float() for key in new}

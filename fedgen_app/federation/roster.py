@@ -26,6 +26,7 @@ SPACE_MARK = re.compile(r"[0-9a-f]{16}")
 WIDEST = 8192
 UNIT_TOLERANCE = 1e-3
 ROLL_CALL = f"{MessageType.QUERY}.roll_call"
+LARGEST_COUNT = 2**53  # of records that is taken for a count at all
 Report = Callable[..., None]
 
 
@@ -55,6 +56,7 @@ class Member:
     """One client as it presented itself.
 
     Attributes:
+        skipped: Records that it could not read; in a simulation those of the one data set that all share.
         requirement: None where it sent none that can be used.
         unplaced: Why it has none.
     """
@@ -64,6 +66,7 @@ class Member:
     num_examples: int
     rank: int
     facts: dict[str, str]
+    skipped: int = 0
     requirement: Requirement | None = None
     unplaced: str = "it sent no encoded requirement"
 
@@ -189,10 +192,13 @@ class Roster:
             client = parse_client(str(facts["client"]))
             examples, rank = facts["num-examples"], facts["rank"]
             fingerprint, simulated = str(facts["fingerprint"]), facts["simulated-clients"]
+            skipped = facts["skipped"]
         except (KeyError, ValueError) as error:
             raise _LeftOut("malformed", f"{type(error).__name__} in its answer") from None
         if not (isinstance(examples, int) and examples > 0 and isinstance(rank, int) and rank > 0):
             raise _LeftOut("weight", f"num-examples = {examples!r}, rank = {rank!r}", client)
+        if isinstance(skipped, bool) or not isinstance(skipped, int) or not 0 <= skipped <= LARGEST_COUNT:
+            raise _LeftOut("malformed", f"skipped = {str(skipped)[:80]}", client)
         if fingerprint != self.fingerprint:
             detail = f"its backbone is {fingerprint[:80]}, the server's is {self.fingerprint}"
             raise _LeftOut("fingerprint", detail, client)
@@ -200,9 +206,9 @@ class Roster:
             self.simulated = simulated
         versions = {key: str(facts[key]) for key in ("torch", "transformers", "peft", "dtype") if key in facts}
         try:
-            return Member(client, node, examples, rank, versions, parse_requirement(facts))
+            return Member(client, node, examples, rank, versions, skipped, parse_requirement(facts))
         except ValueError as error:  # it can train all the same, but nobody knows with whom
-            return Member(client, node, examples, rank, versions, unplaced=str(error))
+            return Member(client, node, examples, rank, versions, skipped, unplaced=str(error))
 
     def _settle(self, client: ClientId, claims: list[Member], nodes: set[int]) -> None:
         before = self.members.get(client)

@@ -25,7 +25,7 @@ from fedgen_app.learning.adapters import Adapter, merged
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.export import card, exported_file, load_peft, save_peft, shape_row, span, usage_of
 from fedgen_app.learning.task import Examples, Metrics, Sample, Task
-from fedgen_app.runs import report
+from fedgen_app.runs import report, signs
 from fedgen_app.runs.folder import (
     Checkpoint,
     RunFolder,
@@ -137,6 +137,10 @@ class Session:
             made = self.checkpoint.facts["fingerprint"]
             if made != backbone.fingerprint:
                 raise CheckpointError(f"the run was made with backbone {made}, this one is {backbone.fingerprint}")
+        if self.settings.clusters.by == "loss" and task.train is not None:
+            raise SettingsError(
+                f"clusters.by = 'loss': the losses of task = {self.settings.task} do not say what suits"
+            )
         task.check(self.settings, backbone, test, self.frozen)
         size = sum(tensor.numel() for tensor in self.groups.shared.adapter.values())
         self.results |= report.foundation(backbone, self.settings.lora.rank, size)
@@ -183,6 +187,19 @@ class Session:
         self.results["partition"] = {"by": split.by, "alpha": alpha, "clients": roster.simulated}
         self._kinds = dict(split.mostly()) if split.labels else {}
 
+    def count_skipped(self, roster: Roster, test: Examples | None) -> None:
+        """How many records could not be read: to train on (on devices client by client too), and to test on."""
+        self._roster, self._test = roster, test
+        members = {str(client): roster.members[client].skipped for client in in_order(roster.members)}
+        of = {client: count for client, count in members.items() if count}
+        total = max(of.values(), default=0) if roster.simulated else sum(of.values())
+        by_client = {} if roster.simulated else of
+        self.results["data"] = {
+            "skipped": total,
+            "skipped_by_client": by_client,
+            "skipped_test": test.skipped if test else 0,
+        }
+
     def truth(self) -> Mapping[ClientId, str]:
         """What each simulated client's data mostly is.
 
@@ -202,7 +219,9 @@ class Session:
 
     def finish(self, groups: Groups) -> None:
         """Export the global adapter and the clusters', generate samples, write the results."""
+        self.count_skipped(self._roster, self._test)  # again: newcomers came meanwhile
         self.results["final"] = report.final(self.results)
+        self.results["signs"] = signs.signs(self.results)
         final, facts, path = self.results["final"], self._facts(), self.folder.path
         own = (final["personal"] or {}).get("frozen")  # the clients' hold-outs, where the server has no test set
         frozen = self.frozen if final["source"] == "server" else own

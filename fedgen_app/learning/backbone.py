@@ -123,6 +123,8 @@ def find(source: str, revision: str, task: Task) -> Path:
     Raises:
         BackboneError: the folder is not there, or the hub is out of reach.
     """
+    if source == "bundled" and not task.bundled_backbone:
+        raise BackboneError("backbone = 'bundled': this task has none; set backbone to a folder")
     if source == "bundled":
         return fedgen_assets.path(task.bundled_backbone)
     if looks_like_path(source):

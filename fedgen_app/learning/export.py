@@ -16,6 +16,7 @@ from fedgen_app.learning.adapters import Adapter, load_adapter, rank_of, save_ad
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Metrics, Task
 from fedgen_app.learning.whole import WholeModel
+from fedgen_app.runs.report import number
 from fedgen_app.settings import Settings
 
 ADAPTER_FILE, WHOLE_FILE = "adapter_model.safetensors", "model.safetensors"
@@ -57,7 +58,8 @@ def load_peft(folder: Path, backbone: Backbone) -> Adapter:
         found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(f"{folder}: no readable adapter_config.json: {error}") from None
-    wanted = backbone.model.peft_config["default"].to_dict()
+    # Not the model's r: that is of the adapter which it holds at the moment.
+    wanted = backbone.model.peft_config["default"].to_dict() | {"r": rank_of(adapter)}
     for key in ("r", "lora_alpha", "use_rslora"):
         if found.get(key) != wanted[key]:
             raise AdapterError(f"{folder}: made with {key} = {found.get(key)!r}, the settings say {wanted[key]!r}")
@@ -159,11 +161,6 @@ def card(
     )
 
 
-def shown(value: object) -> str:
-    """A metric in a table: four significant figures; a name as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
     return [*lines, ""]
@@ -173,5 +170,8 @@ def _metrics(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
     names = sorted({n for found in measured.values() for n, v in found.items() if isinstance(v, int | float | str)})
     if not names:
         return []
-    rows = [[state, *(shown(found.get(name, "")) for name in names)] for state, found in measured.items()]
+    rows = [
+        [state, *(v if isinstance(v := found.get(name, ""), str) else number(v) for name in names)]
+        for state, found in measured.items()
+    ]
     return ["\n## Measured\n", *_table(("adapter", *names), rows)]

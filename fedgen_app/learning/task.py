@@ -54,12 +54,14 @@ class Examples:
         counts: What the metrics count (words, bytes, ...).
         shared: Tensors that rows point into (the embeddings of distinct captions); every batch has them whole.
         reference: What generated things are compared with; None where nothing is to be generated.
+        skipped: Records of the source that could not be read and are left out.
     """
 
     rows: Batch
     counts: Mapping[str, int] = field(default_factory=dict)
     shared: Batch = field(default_factory=dict)
     reference: Any = None
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
@@ -71,11 +73,13 @@ class LocalData:
 
     Attributes:
         classes: Names that the server knows as well, in the same order: metrics by class travel under their numbers.
+        skipped: Records of the whole source (in a simulation all clients') that could not be read and are left out.
     """
 
     train: Examples
     holdout: Examples
     classes: tuple[str, ...] = ()
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Task:
         export: Writes what other software than PEFT opens, beside the adapter in PEFT's format.
         usage: Lines of Python for the model card that load the adapter from FOLDER; ``dataset`` of the settings it is
             given is what lies on this machine.
-        bundled_backbone: The name of the bundled backbone under ``fedgen_assets``.
+        bundled_backbone: The name of the bundled backbone under ``fedgen_assets``; "" where there is none.
         train: A training loop of the task's own with the arguments of ``training.train``; None: that one.
     """
 

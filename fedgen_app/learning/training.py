@@ -65,7 +65,7 @@ def planned_steps(examples: int, plan: Plan) -> int:
     return min(steps, plan.max_steps) if plan.max_steps else steps
 
 
-def _batches(count: int, plan: Plan, generator: torch.Generator) -> Iterator[list[Tensor]]:
+def batches(count: int, plan: Plan, generator: torch.Generator) -> Iterator[list[Tensor]]:
     """Per optimiser step a list of index tensors, one per batch; every example once per epoch."""
     for _ in range(plan.epochs):
         order = torch.split(torch.randperm(count, generator=generator), plan.batch_size)
@@ -73,12 +73,19 @@ def _batches(count: int, plan: Plan, generator: torch.Generator) -> Iterator[lis
             yield list(order[start : start + plan.accumulate])
 
 
-def _choose(model: nn.Module, trains: Callable[[str], bool]) -> dict[str, nn.Parameter]:
-    """The tensors that learn; the others, a frozen residual's too, need no gradient."""
+def choose(model: nn.Module, trains: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    """The tensors that learn, without gradients yet; the others, a frozen residual's too, need none.
+
+    What a client left behind whose training failed half-way must not reach the next one's first step.
+
+    Raises:
+        AdapterError: nothing is to be trained.
+    """
     model.requires_grad_(False)
     learning = {}
     for key, parameter in parameters(model).items():
         parameter.requires_grad_(trains(key))
+        parameter.grad = None
         if parameter.requires_grad:
             learning[key] = parameter
     if not learning:
@@ -110,7 +117,7 @@ def train(
     """
     if len(examples) == 0:
         raise DataError("there is no example to train on")
-    learning = _choose(model, trains)
+    learning = choose(model, trains)
     device = next(iter(learning.values())).device
     rows = {name: tensor.to(device) for name, tensor in examples.rows.items()}
     shared = {name: tensor.to(device) for name, tensor in examples.shared.items()}
@@ -123,7 +130,7 @@ def train(
     noise = torch.Generator(device).manual_seed(plan.seed)
     total, seen, step, steps = torch.zeros((), device=device), 0, 0, planned_steps(len(examples), plan)
     model.train()
-    for group in _batches(len(examples), plan, order):
+    for group in batches(len(examples), plan, order):
         size = sum(len(indices) for indices in group)
         for indices in group:
             batch = shared | {name: tensor[indices.to(device)] for name, tensor in rows.items()}

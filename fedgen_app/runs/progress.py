@@ -1,10 +1,13 @@
-"""A bar over the steps of a round, where a terminal is attached."""
+"""How far a run is: its events as another process writes them, and a bar over the steps of a round."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -24,3 +27,22 @@ def step_bar(title: str) -> Iterator[Callable[[int, int], None]]:
             progress.update(bar, completed=done, total=of)
 
         yield update
+
+
+class Tail:
+    """New events of an events.jsonl that another process writes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.position = file.stat().st_size if file.exists() else 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not self.file.exists():
+            return
+        with self.file.open("rb") as stream:
+            stream.seek(self.position)
+            for line in stream:
+                if not line.endswith(b"\n"):  # still being written
+                    return
+                self.position += len(line)
+                yield json.loads(line)

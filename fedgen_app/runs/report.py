@@ -13,7 +13,7 @@ SCHEMA = 1
 
 
 # What the closing table shows of a task's metrics: the first of these that was measured.
-HEADLINES = ("word_perplexity", "fid", "kid", "denoising_loss")
+HEADLINES = ("word_perplexity", "bits_per_dim", "fid", "kid", "denoising_loss", "sliced_wasserstein")
 
 
 # Generated images that vary less than this fraction of real ones are worth a warning: the generator may have collapsed.
@@ -168,7 +168,7 @@ def _metrics(metrics: Mapping[str, Any] | None) -> str:
 
 def basis(metrics: Mapping[str, Any]) -> str:
     """What a distance between images is worth: the extractor, n, and what real images have among themselves."""
-    if "features" not in metrics:
+    if headline(metrics) not in ("fid", "kid"):
         return ""
     floor = f", floor {number(metrics['fid_floor'])}" if "fid_floor" in metrics else ""
     return f" (n {metrics['samples']}, {metrics['features']}{floor})"

@@ -8,38 +8,48 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgen_app.data import styles
-from fedgen_app.data.cache import Arrays, cached, source_identity
+from fedgen_app.data.cache import Arrays, cached
 from fedgen_app.data.decoding import Pictures
-from fedgen_app.data.images import BUNDLED, load_images
-from fedgen_app.data.local import Split, own_prompts, own_rows
+from fedgen_app.data.local import own_prompts, own_rows
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Examples, LocalData, Share
 from fedgen_app.runs.progress import step_bar
 from fedgen_app.seeds import derive
-from fedgen_app.settings import Settings, looks_like_path
-from fedgen_app.tasks._pipeline import Pipeline
+from fedgen_app.settings import Settings
+from fedgen_app.tasks._facts import Facts
+from fedgen_app.tasks._sources import (
+    VERSION,
+    class_names,
+    descriptions,
+    identity,
+    pictures,
+    prompts_of,
+    subset,
+    tell_skipped,
+    training_pictures,
+)
+
+if TYPE_CHECKING:  # diffusers is for those who use it
+    from fedgen_app.tasks._pipeline import Pipeline
 
 Array = NDArray[Any]
 
 log = logging.getLogger(__name__)
-VERSION = 3  # of what the caches hold
 ENCODED = 16  # images per forward pass of an autoencoder, and fewer of those above 128x128:
 ENCODED_PIXELS = ENCODED * 128**2  # its activations are many times larger than they are
-LEAST_COMPARED = 4  # images on either side, for FID and KID
 ASKED = 8  # prompts in which a simulated client says what it wants
-SHOWN = 10  # captions or classes that samples show where the user names none
+LEAST_COMPARED = 4  # images on either side, for FID and KID
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
     """Real images that generated ones are compared with.
 
@@ -53,115 +63,6 @@ class Reference:
     labels: tuple[str, ...]
     others: Array
     own: bool = False
-
-
-def _local(source: str) -> bool:
-    return source in BUNDLED or looks_like_path(source)
-
-
-def _read(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> Pictures | None:
-    return load_images(
-        source,
-        split,
-        resolution=settings.resolution or pipeline.resolution,
-        channels=pipeline.image_channels,
-        text_column=settings.text_column,
-        label_column=settings.label_column,
-    )
-
-
-def _key(settings: Settings, pipeline: Pipeline, source: str, split: str) -> dict[str, object]:
-    return {
-        "source": source_identity(source, split, "pictures"),
-        "styles": styles.MARK if source == "bundled:styles" else "",
-        "columns": [settings.text_column, settings.label_column],
-        "resolution": settings.resolution or pipeline.resolution,
-        "channels": pipeline.image_channels,
-        "version": VERSION,
-    }
-
-
-def pictures(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> Pictures | None:
-    """The images of a source; local ones from the machine's cache of decoded images, where they are there.
-
-    Raises:
-        DataError: there is nothing to read.
-    """
-    if not _local(source):
-        return _from_hub(settings, pipeline, source, split)
-
-    def build() -> Arrays:
-        found = _read(settings, pipeline, source, split)
-        return {"absent": np.ones(1, np.uint8)} if found is None else _packed(found)
-
-    arrays = cached("pictures", _key(settings, pipeline, source, split), build)
-    return None if "absent" in arrays else _unpacked(arrays)
-
-
-def _training_pictures(settings: Settings, backbone: Backbone, source: str) -> Pictures:
-    found = pictures(settings, cast(Pipeline, backbone.processor), source, "train")
-    if found is None:
-        raise DataError(f"{source}: no training images")
-    return found
-
-
-@functools.lru_cache(maxsize=2)
-def _from_hub(settings: Settings, pipeline: Pipeline, source: str, split: Split) -> Pictures | None:
-    return _read(settings, pipeline, source, split)
-
-
-def _packed(found: Pictures) -> Arrays:
-    """Arrays of numbers only: texts as UTF-8 bytes and where each begins."""
-    arrays: Arrays = {"pixels": found.pixels, "skipped": np.array([found.skipped])}
-    texts_of = {
-        "name": (found.name,),
-        "labels": found.labels,
-        "captions": found.captions,
-        "classes": found.classes,
-        "wishes": found.wishes,
-    }
-    for name, texts in texts_of.items():
-        if texts is not None:
-            encoded = [text.encode(errors="surrogatepass") for text in texts]
-            arrays[name] = np.frombuffer(b"".join(encoded), np.uint8)
-            arrays[f"{name}-starts"] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return arrays
-
-
-def _unpacked(arrays: Arrays) -> Pictures:
-    def texts(key: str) -> tuple[str, ...] | None:
-        if key not in arrays:
-            return None
-        whole, starts = arrays[key].tobytes(), arrays[f"{key}-starts"].tolist()
-        return tuple(whole[a:b].decode(errors="surrogatepass") for a, b in zip(starts[:-1], starts[1:], strict=True))
-
-    (name,), classes = texts("name") or ("",), texts("classes") or ()
-    skipped = int(arrays["skipped"][0])
-    return Pictures(name, arrays["pixels"], texts("labels"), texts("captions"), classes, skipped, texts("wishes"))
-
-
-def prompts_of(settings: Settings, found: Pictures) -> tuple[str, ...]:
-    """What each image is an image of: its caption, else the setting's wording of its label, else nothing."""
-    if found.captions is not None:
-        return found.captions
-    if found.labels is not None:
-        wordings = {label: settings.diffusion.caption.format(label) for label in set(found.labels)}
-        return tuple(wordings[label] for label in found.labels)
-    return ("",) * len(found)
-
-
-def _conditions(settings: Settings, pipeline: Pipeline, found: Pictures) -> tuple[str, ...]:
-    """What the denoiser is told of each image: a prompt, a class's name or number, or nothing."""
-    if pipeline.condition == "text":
-        return prompts_of(settings, found)
-    if pipeline.condition == "none":
-        return ("",) * len(found)
-    if found.labels is None:
-        raise DataError(f"{found.name}: a class-conditional backbone needs labels, and there are none")
-    if found.classes and not pipeline.classes:  # the data set's own numbering, which it declares
-        numbers = {name: str(number) for number, name in enumerate(found.classes)}
-        return tuple(numbers.get(label, label) for label in found.labels)
-    return found.labels
 
 
 def _moments(settings: Settings, pipeline: Pipeline, backbone: Backbone, found: Pictures) -> Array:
@@ -222,26 +123,33 @@ class Encoded:
 
     def take(self, chosen: Array, reference: Reference | None = None) -> Examples:
         """The rows of these images, and only the captions that they have."""
-        own, shared = {name: array[chosen] for name, array in self.rows.items()}, self.shared
+        own, shared = {name: _rows(array, chosen) for name, array in self.rows.items()}, self.shared
         if "caption" in own:
-            distinct, place = np.unique(own["caption"], return_inverse=True)
+            distinct, place = torch.unique(own["caption"], return_inverse=True)
             own["caption"] = place + 1
-            shared = {name: array[np.append(0, distinct)] for name, array in shared.items()}
-        rows = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in own.items()}
+            shared = {name: array[np.append(0, distinct.numpy())] for name, array in shared.items()}
         told = {name: torch.from_numpy(array) for name, array in shared.items()}
-        return Examples(rows, {"images": len(chosen)}, told, reference)
+        return Examples(own, {"images": len(chosen)}, told, reference)
+
+
+def _rows(array: Array, chosen: Array) -> torch.Tensor:
+    """Rows in contiguous memory, copied at most once; neighbours in an array that is so already not at all."""
+    whole = torch.from_numpy(array)
+    if len(chosen) and np.array_equal(chosen, np.arange(chosen[0], chosen[0] + len(chosen))):
+        return whole[int(chosen[0]) : int(chosen[0]) + len(chosen)].contiguous()
+    return whole.index_select(0, torch.from_numpy(np.asarray(chosen, np.int64)))
 
 
 def _encoded(settings: Settings, backbone: Backbone, found: Pictures) -> Encoded:
-    pipeline = cast(Pipeline, backbone.processor)
+    pipeline = cast(Facts, backbone.processor)
     pipeline.side_for(settings.resolution)
     rows: dict[str, Array] = {}
     shared: dict[str, Array] = {}
     if pipeline.has_vae:
-        rows["moments"] = _moments(settings, pipeline, backbone, found)
+        rows["moments"] = _moments(settings, cast("Pipeline", pipeline), backbone, found)
     else:
         rows["pixels"] = _channels_first(found.pixels)
-    conditions = _conditions(settings, pipeline, found)
+    conditions = descriptions(settings, pipeline, found)
     if pipeline.condition == "class":
         numbers = {label: pipeline.class_of(label) for label in set(conditions)}
         rows["class"] = np.array([numbers[label] for label in conditions], np.int64)
@@ -249,25 +157,31 @@ def _encoded(settings: Settings, backbone: Backbone, found: Pictures) -> Encoded
         distinct = sorted(set(conditions))
         numbers = {text: number for number, text in enumerate(distinct, start=1)}
         rows["caption"] = np.array([numbers[text] for text in conditions], np.int64)
-        if pipeline.learns_text:
-            shared["tokens"] = pipeline.tokens(["", *distinct]).numpy()
+        told = cast("Pipeline", pipeline)
+        if told.learns_text:
+            shared["tokens"] = told.tokens(["", *distinct]).numpy()
         else:
-            shared["hidden"] = _embeddings(pipeline, backbone, distinct)
+            shared["hidden"] = _embeddings(told, backbone, distinct)
     return Encoded(rows, shared)
 
 
-@functools.lru_cache(maxsize=1)
 def _training(settings: Settings, backbone: Backbone, source: str) -> tuple[Pictures, Encoded]:
-    """A source's training images; kept for the next client that this process serves."""
-    found = _training_pictures(settings, backbone, source)
-    if found.skipped:
-        log.warning("%s: %d images cannot be read and are left out", found.name, found.skipped)
+    """A source's training images; kept, while its files are the same, for the next client that this process serves."""
+    return _training_as_it_is(settings, backbone, source, identity(source, "train"))
+
+
+@functools.lru_cache(maxsize=1)
+def _training_as_it_is(
+    settings: Settings, backbone: Backbone, source: str, mark: str | None
+) -> tuple[Pictures, Encoded]:
+    found = training_pictures(settings, backbone, source)
+    tell_skipped(found)
     return found, _encoded(settings, backbone, found)
 
 
 def split(settings: Settings, backbone: Backbone, clients: int) -> Partition:
     """Who owns which images of the training split."""
-    return _split(settings, _training_pictures(settings, backbone, settings.dataset), clients)
+    return _split(settings, training_pictures(settings, backbone, settings.dataset), clients)
 
 
 def _split(settings: Settings, found: Pictures, clients: int) -> Partition:
@@ -286,11 +200,10 @@ def _split(settings: Settings, found: Pictures, clients: int) -> Partition:
 
 
 @functools.lru_cache(maxsize=1)
-def _owners(settings: Settings, backbone: Backbone, clients: int) -> tuple[Array, ...]:
-    found, _ = _training(settings, backbone, settings.dataset)
+def _owners(settings: Settings, found: Pictures, clients: int) -> tuple[Array, ...]:
     key = {
         "labels": hashlib.sha256(repr((found.labels, found.captions, len(found))).encode()).hexdigest(),
-        "partition": settings.partition.model_dump(),
+        "partition": settings.partition.model_dump(exclude={"max_examples"}),  # it applies after the hold-out
         "clients": clients,
         "seed": settings.seed,
         "version": VERSION,
@@ -314,14 +227,16 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
     if not source:
         raise DataError("dataset = '': this client has no data of its own")
     found, encoded = _training(settings, backbone, source)
-    parts = (np.arange(len(found)),) if share.folder else _owners(settings, backbone, share.count)
-    kept, held = own_rows(parts, share.index, share.pooled, settings.holdout_fraction, settings.seed, unit="image")
+    parts = (np.arange(len(found)),) if share.folder else _owners(settings, found, share.count)
+    most = 0 if share.folder else settings.partition.max_examples
+    fraction, seed = settings.holdout_fraction, settings.seed
+    kept, held = own_rows(parts, share.index, share.pooled, fraction, seed, unit="image", most=most)
     wanted, reference = settings.metrics.personal_samples, None
     if wanted:  # of the hold-out, as all of a client's figures: an adapter has seen the others
         order = np.random.default_rng(derive(settings.seed, "reference", share.index)).permutation(held)
         reference = _reference(settings, backbone, found, order[:wanted], order[:0], own=True)
-    classes = class_names(settings, backbone, shared=not share.folder)
-    return LocalData(encoded.take(kept), encoded.take(held, reference), classes)
+    classes = class_names(settings, cast(Facts, backbone.processor), None if share.folder else found)
+    return LocalData(encoded.take(kept), encoded.take(held, reference), classes, found.skipped)
 
 
 def requirements(settings: Settings, backbone: Backbone, share: Share) -> list[str]:
@@ -329,49 +244,32 @@ def requirements(settings: Settings, backbone: Backbone, share: Share) -> list[s
     if share.folder:
         return own_prompts(share.folder, share.prompts)
     found, _ = _training(settings, backbone, settings.dataset)
-    parts = _owners(settings, backbone, share.count)
+    parts, wanted = _owners(settings, found, share.count), found.wishes or prompts_of(settings, found)
     kept, _ = own_rows(parts, share.index, False, settings.holdout_fraction, settings.seed, unit="image")
-    wanted = found.wishes or prompts_of(settings, found)
     order = np.random.default_rng(derive(settings.seed, "requirements", share.index)).permutation(kept)
     return [text for text in dict.fromkeys(wanted[i] for i in order) if text][:ASKED]
-
-
-def class_names(settings: Settings, backbone: Backbone, shared: bool = True) -> tuple[str, ...]:
-    """Names of classes in an order that server and clients share, so that numbers stand for them on the wire.
-
-    Those of the settings, else of a class-conditional backbone, else of the data set's labels where both have the same
-    (``shared``): a device does not see the server's, and nobody sees a device's.
-    """
-    pipeline = cast(Pipeline, backbone.processor)
-    if settings.metrics.classes:
-        return settings.metrics.classes
-    if pipeline.condition == "class":
-        return pipeline.classes or tuple(map(str, range(pipeline.class_count)))
-    if not shared or not settings.dataset:
-        return ()
-    found = _training_pictures(settings, backbone, settings.dataset)
-    return found.classes or tuple(sorted(set(found.labels or ())))
 
 
 def _reference(
     settings: Settings, backbone: Backbone, found: Pictures, chosen: Array, others: Array, own: bool = False
 ) -> Reference:
-    pipeline = cast(Pipeline, backbone.processor)
-    conditions = _conditions(settings, pipeline, found)
+    pipeline = cast(Facts, backbone.processor)
+    conditions = descriptions(settings, pipeline, found)
     labels = tuple(found.labels[i] for i in chosen) if found.labels is not None else ()
     told = tuple(conditions[i] for i in chosen)
     if own and pipeline.condition == "class" and not settings.metrics.classes:  # under the names of ``class_names``
-        names = class_names(settings, backbone)
+        names = class_names(settings, pipeline, None)
         labels = tuple(names[pipeline.class_of(label)] for label in told)
     return Reference(found.pixels[chosen], told, labels, found.pixels[others], own)
 
 
 def load_test(settings: Settings, backbone: Backbone) -> Examples | None:
     """The server's test images, at most ``test-sequences``, and the real ones that generated ones are compared with."""
-    pipeline = cast(Pipeline, backbone.processor)
+    pipeline = cast(Facts, backbone.processor)
     found = pictures(settings, pipeline, settings.dataset, "test") if settings.dataset else None
     if found is None:
         return None
+    tell_skipped(found)
     order = np.random.default_rng(derive(settings.seed, "test")).permutation(len(found))
     wanted, reference = min(settings.metrics.samples, len(order)), None
     if wanted >= LEAST_COMPARED:
@@ -379,28 +277,6 @@ def load_test(settings: Settings, backbone: Backbone) -> Examples | None:
     elif wanted:
         log.warning("FID and KID are left out: %d test images or metrics.samples; they need %d", wanted, LEAST_COMPARED)
     rows = np.sort(order[: settings.test_sequences] if settings.test_sequences else order)
-    tested = _subset(found, rows)  # so that no image is encoded that is not measured
-    return _encoded(settings, backbone, tested).take(np.arange(len(tested)), reference)
-
-
-def _subset(found: Pictures, chosen: Array) -> Pictures:
-    labels, captions = (
-        None if texts is None else tuple(texts[i] for i in chosen) for texts in (found.labels, found.captions)
-    )
-    return dataclasses.replace(found, pixels=found.pixels[chosen], labels=labels, captions=captions)
-
-
-def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:
-    """The prompts of the settings, else one per class or caption of the data on this machine, else nothing.
-
-    A prompt that is generated from nothing is the empty text.
-    """
-    pipeline = cast(Pipeline, backbone.processor)
-    if settings.samples.prompts or pipeline.condition == "none":
-        return settings.samples.prompts or ("",) * SHOWN
-    if not settings.dataset:
-        return (
-            ("",) * SHOWN if pipeline.condition == "text" else tuple(map(str, range(min(SHOWN, pipeline.class_count))))
-        )
-    found = _training_pictures(settings, backbone, settings.dataset)
-    return tuple(dict.fromkeys(_conditions(settings, pipeline, found)))[:SHOWN]
+    tested = subset(found, rows)  # so that no image is encoded that is not measured
+    examples = _encoded(settings, backbone, tested).take(np.arange(len(tested)), reference)
+    return dataclasses.replace(examples, skipped=found.skipped)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -51,6 +52,7 @@ def tokenise(corpus: Corpus, tokenizer: Any) -> dict[str, np.ndarray[Any, Any]]:
     return {
         "tokens": np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
         "starts": np.cumsum([0, *(len(p) for p in pieces)], dtype=np.int64),
+        "skipped": np.array([corpus.skipped], np.int64),
         "words": np.array([len(t.split()) + t.count("\n") + len(end) for t in corpus.texts], np.int64),
         "bytes": np.array([len(t.encode(errors="surrogatepass")) for t in corpus.texts], np.int64),
     }
@@ -76,7 +78,7 @@ def _documents(settings: Settings, backbone: Backbone, source: str, split: str) 
         "source": _source_identity(source, split, corpus),
         "columns": [settings.text_column, settings.label_column],
         "tokenizer": _tokenizer_mark(tokenizer),
-        "version": 1,
+        "version": 2,
     }
     return cached("tokens", key, lambda: tokenise(_required(corpus or _corpus(settings, source, split)), tokenizer))
 
@@ -143,7 +145,7 @@ def _owned(settings: Settings, backbone: Backbone, clients: int) -> list[np.ndar
     key = {
         "source": _source_identity(settings.dataset, "train", corpus),
         "columns": [settings.text_column, settings.label_column],
-        "partition": settings.partition.model_dump(),
+        "partition": settings.partition.model_dump(exclude={"max_examples"}),  # it applies after the hold-out
         "clients": clients,
         "seed": settings.seed,
         "version": 1,
@@ -172,10 +174,13 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
     documents = _documents(settings, backbone, source, "train")
     assert documents is not None
     parts = [np.arange(len(documents["words"]))] if share.folder else _owned(settings, backbone, share.count)
-    kept, held = own_rows(parts, share.index, share.pooled, settings.holdout_fraction, settings.seed, unit="document")
+    most = 0 if share.folder else settings.partition.max_examples
+    fraction, seed = settings.holdout_fraction, settings.seed
+    kept, held = own_rows(parts, share.index, share.pooled, fraction, seed, unit="document", most=most)
     start = start_token(backbone.processor)
     length = settings.sequence_length
-    return LocalData(pack(documents, kept, length, start), pack(documents, held, length, start))
+    train, held_out = (pack(documents, part, length, start) for part in (kept, held))
+    return LocalData(train, held_out, skipped=int(documents["skipped"][0]))
 
 
 def requirements(settings: Settings, backbone: Backbone, share: Share) -> list[str]:
@@ -198,4 +203,5 @@ def load_test(settings: Settings, backbone: Backbone) -> Examples | None:
     if settings.test_sequences:
         fits = documents["starts"][1:] <= settings.test_sequences * settings.sequence_length
         chosen = chosen[: max(1, int(fits.sum()))]
-    return pack(documents, chosen, settings.sequence_length, start_token(backbone.processor))
+    packed = pack(documents, chosen, settings.sequence_length, start_token(backbone.processor))
+    return replace(packed, skipped=int(documents["skipped"][0]))

@@ -23,7 +23,7 @@ from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid
 from fedgen_app.tasks._measure import check, client_metrics, evaluate
 from fedgen_app.tasks._objective import loss
-from fedgen_app.tasks._pictures import load_data, load_test, prompts, requirements, split
+from fedgen_app.tasks._pictures import load_data, load_test, requirements, split
 from fedgen_app.tasks._pipeline import (
     Adapted,
     Pipeline,
@@ -34,6 +34,7 @@ from fedgen_app.tasks._pipeline import (
     weight_files,
 )
 from fedgen_app.tasks._sampling import generate
+from fedgen_app.tasks._sources import prompts
 
 PARTS = ("unet", "transformer", "vae", "text_encoder")
 # Attention projections, as the LoRA scripts of diffusers take them; in CLIP's text encoder they have other names.
@@ -111,7 +112,7 @@ def embed(backbone: Backbone, texts: Sequence[str]) -> Tensor:
     """
     pipeline = cast(Pipeline, backbone.processor)
     if pipeline.condition != "text":
-        raise SettingsError("clusters.encoder = 'backbone': this one has no text encoder; name one of its own")
+        raise SettingsError("clusters.encoder = 'backbone': this one has no text encoder; take 'bundled', or a folder")
     return pipeline.pooled(list(texts))
 
 

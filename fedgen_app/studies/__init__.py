@@ -1,0 +1,1 @@
+"""The studies of the papers, as sweep files, and the steps that prepare their backbones."""
