@@ -8,7 +8,7 @@ from importlib.metadata import version
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedgen_app.federation import wire
+from fedgen_app.federation import requirement, wire
 from fedgen_app.federation.client import Participant, Work, guarded, load_method, personal_plan, round_plan
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import load_task, open_backbone
@@ -21,11 +21,12 @@ app = ClientApp(mods=[guarded])
 
 @app.query("roll_call")
 def roll_call(message: Message, context: Context) -> Message:
-    """Say who is here: id, number of examples, fingerprint of the backbone, versions."""
+    """Say who is here: id, number of examples, fingerprint of the backbone, versions; where asked what it wants."""
     me = Participant.from_context(context)
     backbone = open_backbone(me.settings, me.backbone, load_method(me.settings.method).weights)
-    data = load_task(me.settings.task).load_data(me.settings, backbone, me.share)
-    facts: dict[str, int | float | str] = {
+    task = load_task(me.settings.task)
+    data = task.load_data(me.settings, backbone, me.share)
+    facts: dict[str, int | float | str | list[float]] = {
         "client": str(me.client),
         "num-examples": len(data.train),
         "rank": me.rank_for(backbone),
@@ -34,6 +35,7 @@ def roll_call(message: Message, context: Context) -> Message:
         "skipped": data.skipped,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
+        **requirement.facts_of(me, task, backbone),
     }
     return Message(wire.reply(0, {}, facts=facts), reply_to=message)
 
@@ -59,7 +61,7 @@ def train(message: Message, context: Context) -> Message:
         "seconds": time.monotonic() - began,
     }
     parcel = wire.Parcel(shared, extra=learned.extra)
-    return Message(wire.reply(order.number, metrics, parcel, settings.wire.codec), reply_to=message)
+    return Message(wire.reply(order.number, metrics, parcel, settings.wire.codec, work.facts), reply_to=message)
 
 
 @app.train("personalise")

@@ -6,6 +6,8 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgen_app.federation.client import check_method, lora_of
+from fedgen_app.federation.hierarchy import Hierarchy
+from fedgen_app.federation.placement import Placement
 from fedgen_app.federation.roster import Roster
 from fedgen_app.federation.session import Session
 from fedgen_app.federation.strategy import FedLora
@@ -45,12 +47,13 @@ def main(grid: Grid, context: Context) -> None:
         run.plot_ownership(roster)
         run.count_skipped(roster, test)
 
+        placement = Placement(settings, method, roster, run.truth, run.event, run.draw_clusters)
         strategy = FedLora(
             settings=settings,
             method=method,
             lora=lora_of(settings),
             roster=roster,
-            state=run.state,
+            hierarchy=Hierarchy(settings, method, lora_of(settings), run.groups, placement),
             history=run.history,
             layout=backbone.layout,
             run_name=run.name,
@@ -58,6 +61,8 @@ def main(grid: Grid, context: Context) -> None:
             report=run.event,
         )
         strategy.start(grid, evaluate_fn=evaluate)
-        if settings.personal.epochs or (settings.evaluate_every and (test is None or not method.has_global)):
+        clustered = strategy.hierarchy.groups.clustered
+        unmeasured = test is None or not method.has_global or clustered
+        if settings.personal.epochs or (settings.evaluate_every and unmeasured):
             run.keep_personal(*strategy.personalise(grid, task.client_metrics(settings, backbone)))
-        run.finish(strategy.state)
+        run.finish(strategy.hierarchy.groups)

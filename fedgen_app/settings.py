@@ -32,7 +32,13 @@ Value = bool | int | float | str
 RunConfig = Mapping[str, Value]
 
 PACKAGE = Path(__file__).parent
-PATH_KEYS = ("output-dir", "resume-from", "backbone", "dataset", "lora.init", "metrics.features")
+PATH_KEYS = (
+    *("output-dir", "resume-from", "backbone", "dataset", "lora.init", "metrics.features"),
+    *("clusters.encoder", "clusters.key"),
+)
+ALWAYS_PATHS = ("output-dir", "resume-from", "clusters.key")
+# Names that are no paths, even where a folder has them.
+NAMED = ("bundled", "bundled:styles", "backbone")
 FEATURES = ("auto", "bundled", "inception")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?")
 PLUGIN_NAME = re.compile(r"[a-z][a-z0-9-]*")
@@ -113,7 +119,7 @@ class LoraSettings(Group):
 class PartitionSettings(Group):
     """``partition.*``: who owns which examples in a simulation."""
 
-    by: Literal["auto", "iid", "label", "topic"]
+    by: Literal["auto", "iid", "label", "topic", "single-label"]
     alpha: Positive
     min_examples: AtLeastOne
     max_examples: AtLeastZero
@@ -209,6 +215,24 @@ class FedOptSettings(Group):
     beta1: Annotated[float, Field(ge=0, lt=1)]
     beta2: Annotated[float, Field(ge=0, lt=1)]
     tau: Positive
+
+
+class ClusterSettings(Group):
+    """``clusters.*``: several adapters over one backbone, each for clients with like tasks."""
+
+    by: Literal["none", "prompts", "updates", "adapters", "loss", "oracle"]
+    choose: Literal["count", "threshold", "silhouette"]
+    count: AtLeastOne
+    threshold: Annotated[float, Field(gt=0, le=2)]
+    warmup: AtLeastOne
+    every: AtLeastZero
+    interact_every: AtLeastZero
+    strength: Annotated[float, Field(ge=0, le=1)]
+    temperature: Positive
+    encoder: Annotated[str, Field(min_length=1)]
+    key: str
+    noise: NotNegative
+    delta: Annotated[float, Field(gt=0, lt=1)]
 
 
 class WireSettings(Group):
@@ -314,6 +338,7 @@ class Settings(Group):
     gan: GanSettings
     metrics: MetricSettings
     aggregation: AggregationSettings
+    clusters: ClusterSettings
     fedprox: FedProxSettings
     fedper: FedPerSettings
     ditto: DittoSettings
@@ -407,7 +432,7 @@ def _unknown_plugins(run_config: RunConfig) -> Iterator[str]:
 
 def looks_like_path(value: str) -> bool:
     """Whether a backbone or data set is meant as a path, not as a hub id."""
-    if value == "bundled":  # also where a folder has this name: ./bundled is that one
+    if value in NAMED:  # also where a folder has this name: ./bundled is that one
         return False
     if value.startswith((".", "/", "~")) or "\\" in value:
         return True
@@ -438,16 +463,16 @@ def absolute(run_config: RunConfig) -> dict[str, Value]:
     result = dict(run_config)
     for key in PATH_KEYS:
         value = result.get(key)
-        if isinstance(value, str) and value and (key in ("output-dir", "resume-from") or looks_like_path(value)):
+        if isinstance(value, str) and value and (key in ALWAYS_PATHS or looks_like_path(value)):
             result[key] = str(_expanded(value).resolve())
     return result
 
 
 def _wrong_paths(run_config: RunConfig) -> Iterator[str]:
     """What the run config points at on this machine and is not there."""
-    for key in ("backbone", "dataset", "lora.init"):
+    for key in ("backbone", "dataset", "lora.init", "clusters.encoder"):
         value = run_config.get(key, "")
-        if not isinstance(value, str) or value in ("", "bundled"):
+        if not isinstance(value, str) or value in ("", *NAMED):
             continue
         folder = _expanded(value)
         if key == "lora.init" and folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
@@ -459,6 +484,9 @@ def _wrong_paths(run_config: RunConfig) -> Iterator[str]:
     weights = run_config.get("metrics.features", "auto")
     if isinstance(weights, str) and weights not in FEATURES and not _expanded(weights).is_file():
         yield f"metrics.features = {weights!r}: should be {', '.join(FEATURES)} or a file of Inception's weights"
+    secret = run_config.get("clusters.key", "")
+    if isinstance(secret, str) and secret and not _expanded(secret).is_file():
+        yield f"clusters.key = {secret!r}: no such file"
     resumed = run_config.get("resume-from", "")
     if isinstance(resumed, str) and resumed and not Path(resumed).is_dir():
         yield f"resume-from = {resumed!r}: no such run folder"

@@ -42,7 +42,7 @@ def test_mistakes_are_told_all_at_once_and_before_torch(tmp_path: Path) -> None:
         assert f"{key} = '{value}'" in done.stderr
     for hint in (
         "did you mean method",
-        "'auto', 'iid', 'label' or 'topic'",
+        "'auto', 'iid', 'label', 'topic' or 'single-label'",
         "one of diffusion, gan, language, vae",
         "greater than",
     ):
@@ -119,6 +119,17 @@ WRONG = {
     "aggregation.norm-bound": "0",
     "aggregation.layer-wise": "perhaps",
     "aggregation.residual-rank": "0",
+    "clusters.by": "prompt",
+    "clusters.choose": "elbow",
+    "clusters.count": "0",
+    "clusters.threshold": "0",
+    "clusters.warmup": "0",
+    "clusters.every": "-1",
+    "clusters.interact-every": "-1",
+    "clusters.strength": "2",
+    "clusters.temperature": "0",
+    "clusters.noise": "-1",
+    "clusters.delta": "1",
     "fedprox.mu": "0",
     "fedper.personal-blocks": "0",
     "ditto.mu": "-1",
@@ -141,6 +152,8 @@ WRONG = {
     # Checked against this machine.
     "dataset": "/no/such/place",
     "lora.init": "/no/such/adapter",
+    "clusters.encoder": "/no/such/encoder",
+    "clusters.key": "/no/such/key",
     "resume-from": "/no/such/run",
 }
 FREE = {"output-dir", "backbone-revision", "label-column", "lora.targets", "samples.prompts"}

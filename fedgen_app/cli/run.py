@@ -29,7 +29,7 @@ def run(
 ) -> None:
     """Run a federation: exit status 0 if and only if it completed."""
     found = find_app(app_dir)
-    config = defaults(found) | (presets.load(preset) if preset else {}) | dict(map(_assignment, set_ or []))
+    config = defaults(found) | (presets.load(preset) if preset else {}) | dict(map(assignment, set_ or []))
     if output is not None:
         config["output-dir"] = str(output)
     settings = check(absolute(config))
@@ -84,7 +84,12 @@ def _default_folder(settings: Settings) -> Path:
             raise SettingsError(f"{folder}: cannot be made: {error.strerror}") from None
 
 
-def _assignment(text: str) -> tuple[str, Value]:
+def assignment(text: str) -> tuple[str, Value]:
+    """Key and value of one ``--set``.
+
+    Raises:
+        SettingsError: it is not KEY=VALUE.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise SettingsError(f"--set {text}: should be KEY=VALUE")

@@ -45,6 +45,7 @@ class Pictures:
     captions: one per image where the source has captions.
     classes: names of the classes 0, 1, ... where the source declares them; () where labels are only seen.
     skipped: images left out because they could not be read.
+    wishes: one per image where whoever owns it would ask for it in other words than its caption's.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Pictures:
     captions: tuple[str, ...] | None
     classes: tuple[str, ...]
     skipped: int
+    wishes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -24,11 +24,15 @@ from fedgen_app.data.local import (
     split_files,
     utf8_text,
 )
+from fedgen_app.data.styles import styled
 from fedgen_app.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# The bundled pictures, as they are and in four styles.
+STYLED = "bundled:styles"
+BUNDLED = ("bundled", STYLED)
 ENDINGS = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 )
@@ -51,9 +55,10 @@ def load_images(
 ) -> Pictures | None:
     """Read one split of ``source``; None where there is no test split.
 
-    source: "bundled"; an .npz or .parquet file (all of it is the training split); a folder with train.npz and
-    test.npz, with IDX files as MNIST has them, or with ``[PREFIX.]train*.parquet``; a folder of image files; a folder
-    written by ``datasets.save_to_disk``; or a hub id ``owner/name[:config][@revision]``.
+    source: "bundled"; "bundled:styles" (see ``styles.styled``); an .npz or .parquet file (all of it is the training
+    split); a folder with train.npz and test.npz, with IDX files as MNIST has them, or with ``[PREFIX.]train*.parquet``;
+    a folder of image files; a folder written by ``datasets.save_to_disk``; or a hub id
+    ``owner/name[:config][@revision]``.
 
     In a folder of image files, ``train`` and ``test`` are the splits; without them, every image trains. An image's
     class is the folder it lies in. Where there is a metadata.csv or .jsonl, the images are those that its column
@@ -67,11 +72,14 @@ def load_images(
     """
     asked = Asked(source, resolution, channels, text_column, label_column)
     path = Path(source).expanduser()
-    if source == "bundled":
+    if source in BUNDLED:
         import fedgen_assets
 
         path = Path(fedgen_assets.path("pictures"))
-    name = "bundled pictures" if source == "bundled" else path.resolve().name
+    name = "bundled pictures" if source in BUNDLED else path.resolve().name
+    if source == STYLED:
+        plain = _from_directory(path, name, split, asked)
+        return None if plain is None else styled(plain)
     if path.is_file():
         return _from_file(path, name, split, asked)
     if path.is_dir():

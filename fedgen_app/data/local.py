@@ -25,6 +25,8 @@ Split = Literal["train", "test"]
 
 BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 LINES_PER_PIECE = 16
+PROMPTS = "prompts.txt"  # in a device's folder: what it is to generate, and no document
+MOST_PROMPTS = 64
 NO_LABEL = "none"
 
 _ROLE = re.compile(r"(?:.*[._-])?(train|test|validation|valid|val|dev)(?:-\d+-of-\d+)?", re.IGNORECASE)
@@ -140,6 +142,19 @@ def own_rows(
     return np.concatenate([dealt(number)[0] for number in range(len(parts))]) if pooled else kept, held
 
 
+def own_prompts(folder: str, file: str = "") -> list[str]:
+    """What a device's owner asks for: one prompt per line of ``file``, or of prompts.txt in its data folder.
+
+    Raises:
+        DataError: ``file`` is named and cannot be read.
+    """
+    place = Path(file).expanduser() if file else Path(folder).expanduser() / PROMPTS
+    if not file and not place.is_file():
+        return []
+    lines = (line.strip() for line in utf8_text(place).splitlines())
+    return [line for line in lines if line][:MOST_PROMPTS]
+
+
 def files_below(folder: Path) -> list[Path]:
     """All files below a folder, sorted, those behind links too; not what a file manager or an archiver hides there.
 
@@ -186,7 +201,9 @@ def _ending(folder: Path, endings: Collection[str]) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(
-        file for file in folder.iterdir() if file.suffix.lower() in endings and file.name[0] != "." and file.is_file()
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in endings and file.name[0] != "." and file.name != PROMPTS and file.is_file()
     )
 
 

@@ -30,7 +30,7 @@ SHOWN_CHARACTERS = 40
 class Partition:
     """Who owns what.
 
-    by: "iid", "label" or "topic", what auto was resolved to.
+    by: "iid", "label", "topic" or "single-label", what auto was resolved to.
     examples: sorted indices of examples, one int64 array per client; disjoint, together all of them.
     labels: one per example, its label or its topic ("topic 0: word, word, word"); () for iid without labels.
     """
@@ -38,6 +38,11 @@ class Partition:
     by: str
     examples: tuple[IntArray, ...]
     labels: tuple[str, ...]
+
+    def mostly(self) -> dict[int | str, str]:
+        """The most frequent label of each client; of equally frequent ones the first by name."""
+        counted = {client: Counter(self.labels[i] for i in owned) for client, owned in enumerate(self.examples)}
+        return {client: min(found, key=lambda label: (-found[label], label)) for client, found in counted.items()}
 
 
 def partition(
@@ -56,16 +61,17 @@ def partition(
 
     name: what messages call the data; labels, texts: one per example, where there are any. by: "iid"; "label" or
     "topic": how much of each label (topic) a client gets is drawn from Dirichlet(alpha), the smaller the more skewed
-    (arXiv 1905.12022); "auto": label where there are labels, else topic where there are texts, else iid. Topics are
-    k-means clusters of the texts' TF-IDF vectors. With ``min_examples`` 0, a client may end up with nothing.
+    (arXiv 1905.12022); "single-label": a client owns one label alone, or several where there are more of them; "auto":
+    label where there are labels, else topic where there are texts, else iid. Topics are k-means clusters of the texts'
+    TF-IDF vectors. With ``min_examples`` 0, a client may end up with nothing.
 
     Raises DataError where there are too few examples, nothing to go by, or no draw gives every client its
     ``min_examples``.
     """
     if by == "auto":
         by = "label" if labels is not None else "topic" if texts is not None else "iid"
-    if by not in ("iid", "label", "topic"):
-        raise DataError(f"partition.by is {by!r}; allowed: auto, iid, label, topic")
+    if by not in ("iid", "label", "topic", "single-label"):
+        raise DataError(f"partition.by is {by!r}; allowed: auto, iid, label, topic, single-label")
     needed = clients * max(min_examples, 1)
     if count < needed:
         raise DataError(
@@ -80,9 +86,11 @@ def partition(
         labels = _topics(name, texts, seed)
     elif labels is None:
         raise DataError(
-            f"partition.by is label, but {name} is read without labels: set label-column, or partition.by to topic "
+            f"partition.by is {by}, but {name} is read without labels: set label-column, or partition.by to topic "
             "or iid"
         )
+    if by == "single-label":
+        return Partition(by, _deal_whole(labels, clients, seed, min_examples), tuple(labels))
     return Partition(by, _deal_skewed(labels, alpha, clients, seed, min_examples), tuple(labels))
 
 
@@ -130,6 +138,24 @@ def _deal_skewed(
         f"partition.min-examples {min_examples} of {len(labels)} examples in every draw: raise "
         "partition.alpha, lower partition.min-examples, or use fewer clients"
     )
+
+
+def _deal_whole(labels: Sequence[str], clients: int, seed: int, min_examples: int) -> tuple[IntArray, ...]:
+    """Labels in turn to clients, and each label's examples evenly to those who have it."""
+    names, order = sorted(set(labels)), np.random.default_rng(seed)
+    owned: list[list[int]] = [[] for _ in range(clients)]
+    for number, name in enumerate(names):
+        owners = [c for c in range(clients) if c % len(names) == number] or [number % clients]
+        examples = order.permutation([i for i, label in enumerate(labels) if label == name])
+        for owner, share in zip(owners, np.array_split(examples, len(owners)), strict=True):
+            owned[owner] += share.tolist()
+    fewest = min(map(len, owned))
+    if fewest < min_examples:
+        raise DataError(
+            f"partition.by single-label over {clients} clients leaves someone with {fewest} examples, fewer than "
+            f"partition.min-examples {min_examples}: use fewer clients"
+        )
+    return tuple(np.sort(np.array(own, np.int64)) for own in owned)
 
 
 def _owned(partitioner: Any, clients: int) -> tuple[IntArray, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,6 +99,24 @@ def check(message: Message, client: ClientId, expected: Expected) -> Update:
     return Update(client, adapter, rank, num_examples, parcel.extra, measured)
 
 
+def chosen_cluster(message: Message, offered: Collection[int]) -> int:
+    """The cluster that a reply says its client chose.
+
+    Raises:
+        Rejected: it names none of those that were offered.
+    """
+    if message.has_error():
+        reason = "policy" if message.error.code == PolicyError.code else "error"
+        raise Rejected(reason, meaning(message.error.code))
+    try:
+        chosen = message.content.config_records["reply"].get(wire.CLUSTER)
+    except KeyError as error:
+        raise Rejected("malformed", f"no record {error}") from None
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or chosen not in offered:
+        raise Rejected("malformed", f"cluster {str(chosen)[:80]}, offered were {sorted(offered)}")
+    return chosen
+
+
 def _rank(claimed: object, expected: Expected) -> int:
     """The rank of the tensors that came; the client's own where it shares none that have one."""
     largest = expected.lora.rank
@@ -163,8 +181,16 @@ def cap_weights(updates: Sequence[Update], most: float) -> list[Update]:
     """No weight above ``most`` times the median of the round's weights, so that no one can outvote all; 0: no cap."""
     if not most or not updates:
         return list(updates)
-    limit = most * statistics.median_low(u.num_examples for u in updates)
-    return [replace(u, num_examples=min(u.num_examples, limit)) for u in updates]
+    counts = capped([u.num_examples for u in updates], most)
+    return [replace(u, num_examples=count) for u, count in zip(updates, counts, strict=True)]
+
+
+def capped(counts: Sequence[float], most: float) -> list[float]:
+    """Counts of examples, none above ``most`` times the median; 0: no cap."""
+    if not most or not counts:
+        return list(counts)
+    limit = most * statistics.median_low(counts)
+    return [min(count, limit) for count in counts]
 
 
 def personal_metrics(message: Message | None, number: int, names: Mapping[str, Sequence[str]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedgen_app.federation.lowrank import Pair, as_factors, as_pair, compress, gram, pad, product_norm, stack
+from fedgen_app.federation.lowrank import Pair, as_factors, as_pair, compress, gram, pad, product_norm, refill, stack
 from fedgen_app.learning.adapters import Adapter, pairs
 
 if TYPE_CHECKING:
@@ -50,6 +50,22 @@ def mean_of_products(updates: Sequence[Update], lora: Lora) -> Iterator[tuple[st
     weights = [u.num_examples / total * lora.at(u.rank).scaling for u in updates]
     for key_a, key_b in pairs(updates[0].adapter):
         yield key_a, key_b, stack([as_pair(u.adapter, key_a, key_b) for u in updates], weights)
+
+
+def refactored(product: Pair, rank: int, scaling: float, seed: int) -> tuple[Pair, tuple[float, float]]:
+    """The best approximation of a product as B = U sqrt(S) / s and A = sqrt(S) V^T of exactly this rank.
+
+    Directions that vanish are refilled, so that they can learn again.
+
+    Args:
+        scaling: s, which the factors are to be read with.
+
+    Returns:
+        The factors, and the squared Frobenius norms of what the rank could not hold and of the whole.
+    """
+    best = compress(product, rank)
+    b, a = best.balanced
+    return refill((b / scaling, a), rank, seed), (best.lost, best.energy)
 
 
 def absorb(

@@ -25,7 +25,7 @@ from fedgen_app.learning import adapters, training
 from fedgen_app.learning.adapters import Adapter
 from fedgen_app.learning.backbone import Backbone, load_task, open_backbone
 from fedgen_app.learning.export import export_personal, usage_of
-from fedgen_app.learning.task import LocalData, Metrics, Share, Task
+from fedgen_app.learning.task import Examples, LocalData, Loss, Metrics, Share, Task
 from fedgen_app.learning.training import Plan, round_factor
 from fedgen_app.runs.personal import Kept, PersonalStore
 from fedgen_app.seeds import derive
@@ -60,7 +60,7 @@ def check_method(settings: Settings) -> Method:
         SettingsError: names every setting that it refuses, and why.
     """
     method = load_method(settings.method)
-    objections = list(method.refuses(settings))
+    objections = [*method.refuses(settings), *_cluster_objections(settings, method)]
     if settings.aggregation.layer_wise and method.rule is not weighted_mean:
         objections.append(
             f"aggregation.layer-wise = true: method = {settings.method} is no plain mean of factors, which alone can "
@@ -79,6 +79,21 @@ def check_method(settings: Settings) -> Method:
     if objections:
         raise SettingsError("\n".join(objections))
     return method
+
+
+def _cluster_objections(settings: Settings, method: Method) -> list[str]:
+    """Why there can be no clusters with these settings, one line each."""
+    by, ranks = settings.clusters.by, settings.lora.ranks
+    told = f"clusters.by = {by!r}: method = {settings.method}"
+    if by == "none":
+        return []
+    if method.pooled:
+        return [f"{told} trains on one client, which owns all data"]
+    if settings.method == "local-only":
+        return [f"{told} shares nothing, so that there is nothing to average in a cluster"]
+    if by == "adapters" and ranks and set(ranks) != {settings.lora.rank}:
+        return ["clusters.by = 'adapters': compares factors of one rank, and lora.ranks has several; take 'updates'"]
+    return []
 
 
 def lora_of(settings: Settings) -> Lora:
@@ -126,6 +141,9 @@ class Participant:
     state: Path | None
     rank: int = 0
     memory: int = 0
+    encoder: str = ""
+    key: Path | None = None
+    noise: float = 0.0
 
     @classmethod
     def from_context(cls, context: Context) -> Participant:
@@ -138,15 +156,19 @@ class Participant:
         if "partition-id" in node and "data" not in node:
             index, count = int(node["partition-id"]), int(node["num-partitions"])
             ranks = settings.lora.ranks or (settings.lora.rank,)
-            return cls(index, settings, Share(index, count), count, "", None, ranks[index % len(ranks)])
+            key = Path(settings.clusters.key) if settings.clusters.key else None
+            return cls(index, settings, Share(index, count), count, "", None, ranks[index % len(ranks)], key=key)
         try:
             client = parse_client(str(node["client-id"]))
             data, rank, memory = str(node["data"]), int(node.get("rank", 0)), int(node.get("memory", 0))
+            noise = float(node.get("cluster-noise", 0.0))
         except (KeyError, ValueError) as error:
             raise SettingsError(f"node config: {error}; a device needs client-id and data") from None
         state = Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser()
-        backbone = str(node.get("backbone", ""))
-        return cls(client, settings, Share(folder=data), 0, backbone, state, rank, memory)
+        backbone, encoder = str(node.get("backbone", "")), str(node.get("cluster-encoder", ""))
+        key = Path(str(node["cluster-key"])) if "cluster-key" in node else None  # never the server's own setting
+        share = Share(folder=data, prompts=str(node.get("prompts", "")))
+        return cls(client, settings, share, 0, backbone, state, rank, memory, encoder, key, noise)
 
     def rank_for(self, backbone: Backbone) -> int:
         """Of this client's adapter: what its node config says, or what its memory carries; at most ``lora.rank``.
@@ -185,12 +207,14 @@ class Assignment:
 
     Attributes:
         steps: Optimiser steps to take; 0: as the settings say.
+        offers: Several clusters' tensors, of which the client takes what suits its data best; empty: nothing to choose.
     """
 
     number: int
     run_name: str
     received: wire.Parcel
     steps: int
+    offers: Mapping[int, wire.Parcel]
 
     @classmethod
     def from_message(cls, message: Message, settings: Settings) -> Assignment:
@@ -202,7 +226,8 @@ class Assignment:
         config = message.content.config_records["config"]
         received = wire.received(message.content, settings.wire.codec)
         number, steps = int(cast(int, config[wire.ROUND])), int(cast(int, config.get(wire.STEPS, 0)))
-        return cls(number, str(config[wire.RUN]), received, steps)
+        offers = wire.Offers.parted(received.adapter).parcels
+        return cls(number, str(config[wire.RUN]), received, steps, offers)
 
 
 @dataclass(frozen=True)
@@ -215,6 +240,7 @@ class Work:
         kept: What this client left behind the last time, where its method asks for it.
         start: The adapter to start from: what was received, over the client's own private tensors, over the seeded
             start.
+        facts: What goes into the answer beside: the cluster that this client chose, where it had the choice.
     """
 
     me: Participant
@@ -228,6 +254,7 @@ class Work:
     rank: int
     kept: Kept
     start: Adapter
+    facts: Mapping[str, int]
 
     @classmethod
     def begin(cls, message: Message, context: Context) -> Work:
@@ -244,17 +271,26 @@ class Work:
         store = PersonalStore(me.folder(order.run_name), settings.keep_checkpoints + 1)
         seed = derive(settings.seed, "round", order.number)
         round_ = Round(order.number, lora_of(settings), seed, settings, backbone.layout, max(1, me.simulated))
-        # A client that pruned its rank is sent its own; one that is sent nothing has the rank it can afford.
-        rank = adapters.rank_of(order.received.adapter, otherwise=me.rank_for(backbone))
         private = {key for key, _ in backbone.layout if not method.shares(key, round_)}
         remembers = private or method.local is not plain or method.personal is not fine_tune
         kept = store.before(order.number) if remembers else Kept()
-        fresh = backbone.fresh(settings.seed)
-        if method.fit and method.weights == "adapter":
-            fresh = method.fit(fresh, round_.lora, round_.lora.at(rank))
         own = {key: kept.adapter[key] for key in sorted(private & set(kept.adapter))}
-        start = fresh | own | order.received.adapter
-        return cls(me, order, task, method, backbone, data, store, round_, rank, kept, start)
+
+        def start_from(received: Adapter) -> Adapter:
+            # A client that pruned its rank is sent its own; one that is sent nothing has the rank it can afford.
+            rank, fresh = adapters.rank_of(received, otherwise=me.rank_for(backbone)), backbone.fresh(settings.seed)
+            if method.fit and method.weights == "adapter":
+                fresh = method.fit(fresh, round_.lora, round_.lora.at(rank))
+            return fresh | own | received
+
+        facts: dict[str, int] = {}
+        if order.offers:
+            starts = {cluster: (start_from(p.adapter), p.residual) for cluster, p in order.offers.items()}
+            chosen = best_suited(starts, backbone, task.loss(settings, backbone), data.train, settings)
+            order, facts = replace(order, received=order.offers[chosen]), {wire.CLUSTER: chosen}
+        start = start_from(order.received.adapter)
+        rank = adapters.rank_of(order.received.adapter, otherwise=me.rank_for(backbone))
+        return cls(me, order, task, method, backbone, data, store, round_, rank, kept, start, facts)
 
     def lesson(self, plan: Plan, on_step: Callable[[int, int], None]) -> Lesson:
         """What the method's procedures are given; the model holds the start."""
@@ -283,6 +319,32 @@ class Work:
         folder, usage = self.store.folder, usage_of(self.task, here, self.backbone)
         export_personal(folder, self.backbone, whole, self.me.data_name, settings, measured, examples, usage)
         self.task.export(folder, self.backbone, whole)
+
+
+@torch.no_grad()
+def best_suited(
+    starts: Mapping[int, tuple[Adapter, Adapter]],
+    backbone: Backbone,
+    loss: Loss,
+    data: Examples,
+    settings: Settings,
+) -> int:
+    """The cluster whose adapter (and residual) has the least mean loss on the client's own data, under the same noise.
+
+    Ghosh et al. 2020 (IFCA, arXiv 2006.04088). Of equals the first.
+    """
+    losses = {}
+    shared = {name: tensor.to(backbone.device) for name, tensor in data.shared.items()}
+    for cluster in sorted(starts):
+        adapters.write(backbone.model, *starts[cluster])
+        backbone.model.eval()
+        noise = torch.Generator(backbone.device).manual_seed(derive(settings.seed, "choose cluster"))
+        total = 0.0
+        for indices in torch.split(torch.arange(len(data)), settings.batch_size):
+            batch = shared | {name: tensor[indices].to(backbone.device) for name, tensor in data.rows.items()}
+            total += float(loss(backbone.model, batch, noise)) * len(indices)
+        losses[cluster] = total
+    return min(losses, key=lambda cluster: losses[cluster])
 
 
 def round_plan(settings: Settings, number: int, client: ClientId, dtype: torch.dtype, steps: int = 0) -> Plan:

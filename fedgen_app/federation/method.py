@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fedgen_app.federation.aggregation import mean_of_factors
+from fedgen_app.federation.aggregation import mean_of_factors, refactored
 from fedgen_app.federation.local import Learned, Lesson, fine_tune, plain
+from fedgen_app.federation.lowrank import Pair
 from fedgen_app.learning.adapters import Adapter, Layout
 from fedgen_app.settings import Settings
 
 ClientId = int | str
+# A state's own tensor that says which cluster's variates, begun anew in which round, the others belong to.
+EPOCH = "epoch"
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,8 @@ class Method:
         personal: How a client comes to its personal adapter in the end.
         fit: (adapter of the largest rank, its shape, the client's shape) -> the client's version; None: all clients
             have the same rank.
+        factored: A product as the server's factors, as ``aggregation.refactored``; where clusters mix.
+        tied: Clients keep tensors that belong to the server's own; both begin anew together (``EPOCH``).
         refuses: Why it cannot work with these settings, one line each.
         has_global: Whether the server's adapter is a model. Without, there is no ``global/`` and no server metric.
         weights: What trains and travels: an adapter, or the whole model.
@@ -150,6 +155,8 @@ class Method:
     local: Callable[[Lesson], Learned] = plain
     personal: Callable[[Lesson], Adapter] = fine_tune
     fit: Callable[[Adapter, Lora, Lora], Adapter] | None = None
+    factored: Callable[[Pair, int, float, int], tuple[Pair, tuple[float, float]]] = refactored
+    tied: bool = False
     refuses: Callable[[Settings], Iterable[str]] = _no_objection
     has_global: bool = True
     weights: Literal["adapter", "model"] = "adapter"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import floor
 
+import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from fedgen_app.errors import PolicyError, RunError, meaning
 from fedgen_app.federation.exchange import TTL_MARGIN, Patience, collect
@@ -18,6 +20,11 @@ from fedgen_app.federation.method import ClientId
 from fedgen_app.seeds import derive
 
 CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+# In an answer to the roll call: a direction, and a digest of what it was encoded with.
+REQUIREMENT, SPACE = "requirement", "space"
+SPACE_MARK = re.compile(r"[0-9a-f]{16}")
+WIDEST = 8192
+UNIT_TOLERANCE = 1e-3
 ROLL_CALL = f"{MessageType.QUERY}.roll_call"
 LARGEST_COUNT = 2**53  # of records that is taken for a count at all
 Report = Callable[..., None]
@@ -33,11 +40,25 @@ class _LeftOut(Exception):
 
 
 @dataclass(frozen=True)
+class Requirement:
+    """What a client wants, encoded on it: a direction, and a mark of the encoder and key that it can be compared under.
+
+    Attributes:
+        vector: (width,), of length 1.
+    """
+
+    vector: NDArray[np.float64]
+    space: str
+
+
+@dataclass(frozen=True)
 class Member:
     """One client as it presented itself.
 
     Attributes:
         skipped: Records that it could not read; in a simulation those of the one data set that all share.
+        requirement: None where it sent none that can be used.
+        unplaced: Why it has none.
     """
 
     client: ClientId
@@ -46,6 +67,8 @@ class Member:
     rank: int
     facts: dict[str, str]
     skipped: int = 0
+    requirement: Requirement | None = None
+    unplaced: str = "it sent no encoded requirement"
 
 
 def parse_client(text: str) -> ClientId:
@@ -57,6 +80,27 @@ def parse_client(text: str) -> ClientId:
     if not CLIENT_NAME.fullmatch(text):
         raise ValueError(f"client id {text[:80]!r}: should be up to 64 letters, digits, '.', '_' or '-'")
     return int(text) if text.isdecimal() and (text == "0" or not text.startswith("0")) else text
+
+
+def parse_requirement(facts: Mapping[str, object]) -> Requirement | None:
+    """The encoded requirement in an answer to the roll call; None where it holds none.
+
+    Raises:
+        ValueError: it is not a list of 2 to 8192 finite numbers of length 1, or its mark is none.
+    """
+    numbers, space = facts.get(REQUIREMENT), facts.get(SPACE)
+    if numbers is None:
+        return None
+    if not isinstance(numbers, list) or not 2 <= len(numbers) <= WIDEST:
+        raise ValueError(f"its requirement is no list of 2 to {WIDEST} numbers")
+    if not all(isinstance(n, float) and abs(n) <= 1 + UNIT_TOLERANCE for n in numbers):
+        raise ValueError("its requirement holds what is no number from -1 to 1")
+    vector = np.array(numbers, np.float64)
+    if abs(float(np.linalg.norm(vector)) - 1) > UNIT_TOLERANCE:
+        raise ValueError(f"its requirement has length {float(np.linalg.norm(vector)):.4g}, not 1")
+    if not isinstance(space, str) or not SPACE_MARK.fullmatch(space):
+        raise ValueError("its requirement has no mark of its encoder")
+    return Requirement(vector / np.linalg.norm(vector), space)
 
 
 def in_order(clients: Iterable[ClientId]) -> list[ClientId]:
@@ -161,7 +205,10 @@ class Roster:
         if isinstance(simulated, int) and simulated > 0:
             self.simulated = simulated
         versions = {key: str(facts[key]) for key in ("torch", "transformers", "peft", "dtype") if key in facts}
-        return Member(client, node, examples, rank, versions, skipped)
+        try:
+            return Member(client, node, examples, rank, versions, skipped, parse_requirement(facts))
+        except ValueError as error:  # it can train all the same, but nobody knows with whom
+            return Member(client, node, examples, rank, versions, skipped, unplaced=str(error))
 
     def _settle(self, client: ClientId, claims: list[Member], nodes: set[int]) -> None:
         before = self.members.get(client)

@@ -13,11 +13,15 @@ from typing import Any
 from flwr.common.logger import log
 
 from fedgen_app.errors import CheckpointError, RunError, SettingsError
+from fedgen_app.federation import clustering
 from fedgen_app.federation.client import lora_of, run_folder
+from fedgen_app.federation.clustering import Numbers
+from fedgen_app.federation.groups import Groups
 from fedgen_app.federation.method import ClientId, GlobalState, Method
 from fedgen_app.federation.roster import Roster, in_order
+from fedgen_app.federation.summary import clusters_of, keep_clusters
 from fedgen_app.learning import adapters
-from fedgen_app.learning.adapters import merged
+from fedgen_app.learning.adapters import Adapter, merged
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.export import card, exported_file, load_peft, save_peft, shape_row, span, usage_of
 from fedgen_app.learning.task import Examples, Metrics, Sample, Task
@@ -36,6 +40,7 @@ from fedgen_app.settings import Settings, shown_source
 # Called with every event of a run in this process; the command line adds its display here.
 listeners: list[Callable[[Mapping[str, Any]], None]] = []
 SAMPLED_CLIENTS = 2
+SAMPLED_CLUSTERS = 8
 
 
 def new_name(settings: Settings) -> str:
@@ -53,7 +58,9 @@ class Session:
         self.folder = folder
         self.checkpoint = checkpoint
         self.completed = False
-        self.state = GlobalState({})
+        self.groups = Groups.single(GlobalState({}))
+        self._kinds: Mapping[ClientId, str] = {}
+        self.unplaced: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = list(checkpoint.facts["history"]) if checkpoint else []
         self.frozen: Metrics | None = checkpoint.facts["frozen"] if checkpoint else None
         self.left_out: list[dict[str, Any]] = []
@@ -104,6 +111,8 @@ class Session:
         self.folder.event(kind, **fields)
         if kind == "left-out":
             self.left_out.append({key: fields[key] for key in ("client", "node", "reason")})
+        if kind == "unplaced":
+            self.unplaced.append({key: fields[key] for key in ("client", "reason")})
         if kind == "round":
             self.folder.write_results(self.results)
         for listener in listeners:
@@ -122,15 +131,18 @@ class Session:
         self._task, self._method, self._backbone = task, method, backbone
         if self.checkpoint is None:
             init, seed = self.settings.lora.init, self.settings.seed
-            self.state = GlobalState(load_peft(Path(init), backbone) if init else backbone.fresh(seed))
+            self.groups = Groups.single(GlobalState(load_peft(Path(init), backbone) if init else backbone.fresh(seed)))
         else:
-            parts = self.checkpoint.parts
-            self.state = GlobalState(parts["adapter"], parts.get("residual", {}), parts.get("extra", {}))
+            self.groups = Groups.restored(self.checkpoint.parts, self.checkpoint.facts)
             made = self.checkpoint.facts["fingerprint"]
             if made != backbone.fingerprint:
                 raise CheckpointError(f"the run was made with backbone {made}, this one is {backbone.fingerprint}")
+        if self.settings.clusters.by == "loss" and task.train is not None:
+            raise SettingsError(
+                f"clusters.by = 'loss': the losses of task = {self.settings.task} do not say what suits"
+            )
         task.check(self.settings, backbone, test, self.frozen)
-        size = sum(tensor.numel() for tensor in self.state.adapter.values())
+        size = sum(tensor.numel() for tensor in self.groups.shared.adapter.values())
         self.results |= report.foundation(backbone, self.settings.lora.rank, size)
         self.results |= {"rounds": self.history, "frozen": self.frozen, "left_out": self.left_out}
         self.folder.write_results(self.results)
@@ -141,21 +153,22 @@ class Session:
         self.folder.write_results(self.results)
         self.event("frozen", metrics=metrics)
 
-    def save(self, number: int, state: GlobalState, history: Sequence[Mapping[str, Any]]) -> None:
+    def save(self, number: int, groups: Groups, history: Sequence[Mapping[str, Any]]) -> None:
         """Checkpoint after a round, and the rounds so far in results.json."""
         facts = {
             "run": self.name,
             "fingerprint": self._backbone.fingerprint,
             "frozen": self.frozen,
             "history": list(history),
+            **groups.facts(),
         }
-        self.folder.save_checkpoint(number, state.tensors, facts)
+        self.folder.save_checkpoint(number, groups.parts(), facts)
         self.results["rounds"] = list(history)
         self.folder.write_results(self.results)
         every = self.settings.samples.every
         if every and number % every == 0 and self.settings.samples.count:
             target, own = self.folder.path / "samples" / f"round-{number:04d}", f"state/round-{number:04d}.safetensors"
-            self._sample(target, state, history[-1]["clients"], own)
+            self._sample(target, groups, history[-1]["clients"], own)
 
     def keep_personal(self, entries: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
         """The clients' own metrics, and who could not be used."""
@@ -170,8 +183,9 @@ class Session:
 
         split = self._task.split(self.settings, self._backbone, roster.simulated)
         plot_partition(split, self.folder.path / "partition.png")
-        alpha = self.settings.partition.alpha if split.by != "iid" else None
+        alpha = self.settings.partition.alpha if split.by in ("label", "topic") else None
         self.results["partition"] = {"by": split.by, "alpha": alpha, "clients": roster.simulated}
+        self._kinds = dict(split.mostly()) if split.labels else {}
 
     def count_skipped(self, roster: Roster, test: Examples | None) -> None:
         """How many records could not be read: to train on (on devices client by client too), and to test on."""
@@ -186,32 +200,61 @@ class Session:
             "skipped_test": test.skipped if test else 0,
         }
 
-    def finish(self, state: GlobalState) -> None:
-        """Export the global adapter, generate samples, write the results."""
-        task, backbone = self._task, self._backbone
+    def truth(self) -> Mapping[ClientId, str]:
+        """What each simulated client's data mostly is.
+
+        Raises:
+            SettingsError: nobody knows: these are devices, or the data has neither labels nor topics.
+        """
+        if not self._kinds:
+            raise SettingsError("clusters.by = 'oracle': for simulations alone, of data with labels or topics")
+        return self._kinds
+
+    def draw_clusters(self, where: Mapping[ClientId, int], clients: Sequence[ClientId], products: Numbers) -> None:
+        """clusters/map.png: the clients in a plane, as they were told apart."""
+        file = self.folder.path / "clusters" / "map.png"
+        file.parent.mkdir(exist_ok=True)
+        title = f"{len(clients)} clients by {self.settings.clusters.by}"
+        clustering.draw_map(clients, [where[client] for client in clients], clustering.plane(products), title, file)
+
+    def finish(self, groups: Groups) -> None:
+        """Export the global adapter and the clusters', generate samples, write the results."""
         self.count_skipped(self._roster, self._test)  # again: newcomers came meanwhile
         self.results["final"] = report.final(self.results)
         self.results["signs"] = signs.signs(self.results)
-        facts = self._facts()
-        note = "Trained by federated averaging of LoRA adapters: the data stayed on the clients."
-        final = self.results["final"]
+        final, facts, path = self.results["final"], self._facts(), self.folder.path
         own = (final["personal"] or {}).get("frozen")  # the clients' hold-outs, where the server has no test set
         frozen = self.frozen if final["source"] == "server" else own
         measured = {"frozen": frozen or {}, "global": final["metrics"] or {}}
+        if groups.clustered:
+            self.results |= clusters_of(groups, self.results["personal"], self.settings, self.unplaced, self._kinds)
+            keep_clusters(path / "clusters", groups)
         if self._method.has_global:
-            whole = merged(state.adapter, state.residual, lambda rank: lora_of(self.settings).at(rank).scaling)
-            facts |= shape_row(self.settings, whole)
-            usage = usage_of(task, self.settings, backbone)
-            text = card(backbone, self.settings, "global adapter", note, facts, measured, usage)
-            save_peft(self.folder.path / "global", backbone, whole, text)
-            task.export(self.folder.path / "global", backbone, whole)
+            self._export(path / "global", "global adapter", groups.shared, facts, measured)
+            for entry in self.results.get("clusters", ()):
+                state = groups.states[entry["cluster"]]
+                of_it = facts | {"clients in this cluster": str(len(entry["clients"]))}
+                seen = {kind: entry[kind] or {} for kind in ("frozen", "metrics")}
+                title = f"adapter of cluster {entry['cluster']}"
+                self._export(path / "clusters" / str(entry["cluster"]), title, state, of_it, seen)
         if self.settings.samples.count:
             clients = [entry["client"] for entry in self.results["personal"]]
-            self._sample(self.folder.path / "samples", state, clients, "")
+            self._sample(path / "samples", groups, clients, "")
         self.results["status"] = "completed"
-        self.results["adapter"]["sha256"] = adapters.digest(state.adapter)
+        self.results["adapter"]["sha256"] = adapters.digest(groups.shared.adapter)
         self.folder.write_results(self.results)
         self.event("end", status="completed", reason="")
+
+    def _export(
+        self, folder: Path, title: str, state: GlobalState, facts: Mapping[str, str], measured: Mapping[str, Metrics]
+    ) -> None:
+        task, backbone = self._task, self._backbone
+        note = "Trained by federated averaging of LoRA adapters: the data stayed on the clients."
+        whole = merged(state.adapter, state.residual, lambda rank: lora_of(self.settings).at(rank).scaling)
+        rows = {**facts, **shape_row(self.settings, whole)}
+        usage = usage_of(task, self.settings, backbone)
+        save_peft(folder, backbone, whole, card(backbone, self.settings, title, note, rows, measured, usage))
+        task.export(folder, backbone, whole)
 
     def _facts(self) -> dict[str, str]:
         s, final = self.settings, self.results["final"]
@@ -229,8 +272,8 @@ class Session:
             "measured on": "the server's test set" if final["source"] == "server" else "the clients' own hold-outs",
         }
 
-    def _sample(self, target: Path, state: GlobalState, clients: Sequence[ClientId], own: str) -> None:
-        """Generate with no adapter, with the global one, and with some clients' own, into the folder ``target``.
+    def _sample(self, target: Path, groups: Groups, clients: Sequence[ClientId], own: str) -> None:
+        """Generate with no adapter, the global one, the clusters' and some clients' own, into the folder ``target``.
 
         Args:
             own: Which file of a client's folder holds its adapter; "": its exported one, with the residual in it.
@@ -238,17 +281,22 @@ class Session:
         task, backbone, options = self._task, self._backbone, self.settings.samples
         texts = [t for t in task.prompts(self.settings, backbone)[: options.count] for _ in range(options.per_prompt)]
         samples: dict[str, Sequence[Sample]] = {}
+
+        def draw(name: str, adapter: Adapter, residual: Adapter | None) -> None:
+            adapters.write(backbone.model, adapter, residual)
+            samples[name] = task.sample(self.settings, backbone, texts, self.settings.seed)
+
         with backbone.model.disable_adapter():
             samples["frozen"] = task.sample(self.settings, backbone, texts, self.settings.seed)
         if self._method.has_global:
-            adapters.write(backbone.model, state.adapter, state.residual)
-            samples["global"] = task.sample(self.settings, backbone, texts, self.settings.seed)
+            draw("global", groups.shared.adapter, groups.shared.residual)
+            for cluster in sorted(groups.states)[:SAMPLED_CLUSTERS] if groups.clustered else ():
+                draw(f"cluster-{cluster}", groups.states[cluster].adapter, groups.states[cluster].residual)
         for client in clients[:SAMPLED_CLIENTS]:
             folder = self.folder.path / "clients" / str(client)
             file = folder / own if own else exported_file(folder)
             if file.exists():  # on a device a client's adapters are not here
-                adapters.write(backbone.model, load_kept(file).adapter, state.residual if own else None)
-                samples[f"client-{client}"] = task.sample(self.settings, backbone, texts, self.settings.seed)
+                draw(f"client-{client}", load_kept(file).adapter, groups.state_of(client).residual if own else None)
         task.save_samples(target, samples)
 
 

@@ -17,9 +17,10 @@ from fedgen_app.errors import RunError
 from fedgen_app.federation import admission, wire
 from fedgen_app.federation.client import round_plan
 from fedgen_app.federation.exchange import TTL_MARGIN, Patience, Replies, collect
-from fedgen_app.federation.layerwise import layer_wise
+from fedgen_app.federation.groups import Groups
+from fedgen_app.federation.hierarchy import Hierarchy
 from fedgen_app.federation.method import ClientId, GlobalState, Lora, Method, Round, Update
-from fedgen_app.federation.robust import objection, robust
+from fedgen_app.federation.robust import objection
 from fedgen_app.federation.roster import Roster, chosen_count, in_order
 from fedgen_app.learning.adapters import Layout, at_rank
 from fedgen_app.learning.training import planned_steps
@@ -35,14 +36,21 @@ UNREADABLE = ("malformed", "it cannot be read at all")
 
 # As Flower has it, less MetricRecord: that holds no names and no numbers by class.
 Evaluate = Callable[[int, ArrayRecord], Mapping[str, Any] | None]
-Save = Callable[[int, GlobalState, list[dict[str, Any]]], None]
+Save = Callable[[int, Groups, list[dict[str, Any]]], None]
 
 
 @dataclass
 class Outcome:
-    """What became of the clients chosen in one exchange."""
+    """What became of the clients chosen in one exchange.
+
+    Attributes:
+        chosen: Which cluster's adapter each client chose, where it had the choice.
+        facts: Further fields of the round's entry in results.json.
+    """
 
     updates: list[Update] = field(default_factory=list)
+    chosen: dict[ClientId, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     duplicates: list[ClientId] = field(default_factory=list)
     uplink_bytes: int = 0
@@ -53,7 +61,7 @@ class FedLora(Strategy):
     """Federated averaging of adapters (or another method's rule) with bounded waiting, admission and checkpoints.
 
     Args:
-        state: What the first round starts from.
+        hierarchy: The state, or with clusters their states, and what becomes of replies.
         history: The entries of ``rounds`` in results.json so far; a resumed run goes on after them.
         layout: Of the largest adapter.
         save: Called with (round, state, history) after every aggregation.
@@ -66,7 +74,7 @@ class FedLora(Strategy):
         method: Method,
         lora: Lora,
         roster: Roster,
-        state: GlobalState,
+        hierarchy: Hierarchy,
         history: list[dict[str, Any]],
         layout: Layout,
         run_name: str,
@@ -75,11 +83,9 @@ class FedLora(Strategy):
     ) -> None:
         self.settings = settings
         self.method = method
-        rule = layer_wise(method.rule) if settings.aggregation.layer_wise else method.rule
-        self._rule = robust(rule, method.fit)
         self.lora = lora
         self.roster = roster
-        self.state = state
+        self.hierarchy = hierarchy
         self.history = history
         self.layout = layout
         self.run_name = run_name
@@ -87,6 +93,11 @@ class FedLora(Strategy):
         self.report = report
         self._nodes: dict[int, ClientId] = {}
         self._downlink = 0
+
+    @property
+    def state(self) -> GlobalState:
+        """The global state; with clusters their mean, which newcomers get and nobody else learns from."""
+        return self.hierarchy.groups.shared
 
     def summary(self) -> None:
         """Say what is about to happen."""
@@ -125,6 +136,7 @@ class FedLora(Strategy):
         for number in range(len(self.history) + 1, (num_rounds or self.settings.num_server_rounds) + 1):
             began = time.monotonic()
             self.roster.ask_newcomers(grid, self.settings.round.roll_call)
+            self.hierarchy.prepare(number)
             messages = list(self.configure_train(number, ArrayRecord(), train_config or ConfigRecord(), grid))
             replies = collect(grid, messages, self._patience(), self._progress(f"round {number}"))
             outcome = self._admit(number, replies)
@@ -132,7 +144,7 @@ class FedLora(Strategy):
             entry = self._entry(number, outcome)
             entry["seconds"] = round(time.monotonic() - began, 3)
             self.history.append(entry)
-            self.save(number, self.state, self.history)
+            self.save(number, self.hierarchy.groups, self.history)
             self._evaluate(entry, evaluate_fn)
             self.report("round", of=self.settings.num_server_rounds, **entry)
             self._stop_if_futile(number, replies, grid)
@@ -196,13 +208,18 @@ class FedLora(Strategy):
     def _chosen(self) -> int:
         return chosen_count(len(self.roster.members), self.settings.fraction_train)
 
-    def _parcel(self, number: int, client: ClientId) -> wire.Parcel:
-        """What goes down to a client: the adapter at its rank, the residual, the method's own tensors."""
-        round_ = self._round(number)
-        adapter, rank = self.method.sends(self.state, round_), self.rank(client)
-        if self.method.fit and rank != self.lora.rank:
-            adapter = self.method.fit(adapter, self.lora, self.lora.at(rank))
-        return wire.Parcel(adapter, self.state.residual, self.method.sends_extra(self.state, round_))
+    def _parcel(self, number: int, client: ClientId) -> wire.Parcel | wire.Offers:
+        """What goes down to a client: its cluster's tensors, or those of all from which it chooses."""
+        round_, rank = self._round(number), self.rank(client)
+
+        def parcel(state: GlobalState) -> wire.Parcel:
+            """The adapter at the client's rank, the residual, the method's own tensors."""
+            adapter = self.hierarchy.cut(self.method.sends(state, round_), rank)
+            return wire.Parcel(adapter, state.residual, self.method.sends_extra(state, round_))
+
+        if offers := self.hierarchy.offers(number, client):
+            return wire.Offers({cluster: parcel(state) for cluster, state in offers.items()})
+        return parcel(self.hierarchy.groups.state_of(client))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -212,9 +229,16 @@ class FedLora(Strategy):
         Raises:
             RunError: no client is connected.
         """
-        present = self._wait_for_clients(grid, server_round)
-        s = self.settings
-        chosen = self.roster.choose(present, s.fraction_train, s.seed, server_round, s.selection)
+        s, placement = self.settings, self.hierarchy.placement
+        present = [
+            client
+            for client in self._wait_for_clients(grid, server_round)
+            if placement.takes_part(self.hierarchy.groups, client)
+        ]
+        if not present:
+            raise RunError(f"no connected client belongs to a cluster in round {server_round}")
+        fraction = 1.0 if placement.asks_everyone(server_round, self.hierarchy.groups) else s.fraction_train
+        chosen = self.roster.choose(present, fraction, s.seed, server_round, s.selection)
         deadline = s.round.deadline
         if self.method.pooled:
             return self.address(server_round, chosen[:1], TRAIN, deadline * len(chosen), self._steps(chosen))
@@ -267,27 +291,31 @@ class FedLora(Strategy):
             size = wire.byte_size(message)
             outcome.uplink_bytes += size
             try:
-                outcome.updates.append(admission.check(message, client, self._expected(number, client)))
+                cluster = self._choice(message, number, client)
+                outcome.updates.append(admission.check(message, client, self._expected(number, client, cluster)))
                 outcome.admitted_bytes += size
+                if cluster is not None:
+                    outcome.chosen[client] = cluster
             except admission.Rejected as rejection:
                 self._reject(outcome, number, client, rejection)
         for node in sorted(replies.duplicates):
             outcome.duplicates.append(self._nodes[node])
             self.report("duplicate", round=number, client=self._nodes[node])
-        outcome.updates = admission.cap_weights(outcome.updates, self.settings.admission.max_weight)
         return outcome
 
-    def _expected(self, number: int, client: ClientId) -> admission.Expected:
+    def _choice(self, message: Message, number: int, client: ClientId) -> int | None:
+        """Which of the clusters that it was offered a client's reply is for; None where it was offered none."""
+        offers = self.hierarchy.offers(number, client)
+        return admission.chosen_cluster(message, offers) if offers else None
+
+    def _expected(self, number: int, client: ClientId, cluster: int | None = None) -> admission.Expected:
         round_, rank = self._round(number), self.rank(client)
         shared = tuple((key, shape) for key, shape in at_rank(self.layout, rank) if self.method.shares(key, round_))
-        state = self.state.adapter
-        if self.method.fit and rank != self.lora.rank:
-            state = self.method.fit(state, self.lora, self.lora.at(rank))
         return admission.Expected(
             number,
             shared,
             self.method.shares_extra(shared, round_),
-            state,
+            self.hierarchy.adapter_for(client, rank, cluster),
             self.lora.at(rank),
             self.settings.wire.codec,
             TRAIN_METRICS,
@@ -300,11 +328,13 @@ class FedLora(Strategy):
         self.report("rejected", round=number, client=client, reason=rejection.reason, detail=str(rejection))
 
     def _aggregate(self, number: int, outcome: Outcome) -> None:
-        reason = objection(self.settings.aggregation, len(outcome.updates))
-        if not outcome.updates or reason:
-            self.report("skipped", round=number, reason=reason or "no usable reply")
-            return
-        self.state = self._rule(self.state, outcome.updates, self._round(number))
+        taken = self.hierarchy.take(outcome.updates, outcome.chosen, self._round(number))
+        clustered = self.hierarchy.groups.clustered
+        for cluster, reason in taken.stays.items():
+            self.report("skipped", round=number, reason=f"cluster {cluster}: {reason}" if clustered else reason)
+        outcome.updates, outcome.facts = taken.updates, taken.facts
+        if taken.clusters:
+            outcome.facts |= {"clusters": taken.clusters}
 
     def _entry(self, number: int, outcome: Outcome) -> dict[str, Any]:
         total = sum(u.num_examples for u in outcome.updates)
@@ -320,7 +350,7 @@ class FedLora(Strategy):
             "admitted_bytes": outcome.admitted_bytes,
             "downlink_bytes": self._downlink,
             **({"ranks": [u.rank for u in outcome.updates]} if self.method.fit else {}),
-            **(self.state.facts if outcome.updates else {}),
+            **outcome.facts,
         }
 
     def _stop_if_futile(self, number: int, replies: Replies, grid: Grid) -> None:

@@ -25,6 +25,8 @@ ARRAY = "adapter"
 ROUND, RUN, LAYOUT, KEYS, SHAPES = "round", "run", "layout", "keys", "shapes"
 RESIDUAL, EXTRA = "residual/", "extra/"  # in front of a key
 RANK, STEPS = "rank", "steps"
+CLUSTER = "cluster"
+OFFERED = re.compile(r"cluster/(\d{1,9})/(.+)")
 NUM_EXAMPLES = "num-examples"
 # The header that numpy writes (versions 1 and 2), matched and never evaluated: numpy's own reader evaluates it as
 # Python, and what a hostile one makes it raise is not bounded.
@@ -68,6 +70,31 @@ class Parcel:
             mark = next((m for m in (RESIDUAL, EXTRA) if key.startswith(m)), "")
             parts[mark][key.removeprefix(mark)] = tensor
         return cls(parts[""], parts[RESIDUAL], parts[EXTRA])
+
+
+@dataclass(frozen=True)
+class Offers:
+    """Several parcels in one array, one per cluster, of which a client takes one."""
+
+    parcels: Mapping[int, Parcel]
+
+    def joined(self) -> Adapter:
+        """All of it under one set of keys."""
+        return {
+            f"{CLUSTER}/{number}/{key}": tensor
+            for number, parcel in self.parcels.items()
+            for key, tensor in parcel.joined().items()
+        }
+
+    @classmethod
+    def parted(cls, joined: Mapping[str, torch.Tensor]) -> Offers:
+        """The inverse of ``joined``; without parcels where there is another kind of key."""
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in joined.items():
+            if (match := OFFERED.fullmatch(key)) is None:
+                return cls({})
+            found.setdefault(int(match[1]), {})[match[2]] = tensor
+        return cls({number: Parcel.parted(found[number]) for number in sorted(found)})
 
 
 class WireError(ValueError):
@@ -134,7 +161,7 @@ def _decode(array: Array, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.frombuffer(body, dtype)
 
 
-def instruction(parcel: Parcel, codec: str, config: Mapping[str, int | float | str]) -> RecordDict:
+def instruction(parcel: Parcel | Offers, codec: str, config: Mapping[str, int | float | str]) -> RecordDict:
     """What the server sends: tensors, their keys and shapes, and a few plain values."""
     adapter = parcel.joined()
     layout = layout_of(adapter)
@@ -173,7 +200,7 @@ def reply(
     metrics: Mapping[str, int | float],
     parcel: Parcel | None = None,
     codec: str = "fp32",
-    facts: Mapping[str, int | float | str] | None = None,
+    facts: Mapping[str, int | float | str | list[float]] | None = None,
 ) -> RecordDict:
     """All that a client ever answers with: metrics, plain facts, and the tensors that its method shares.
 

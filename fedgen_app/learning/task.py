@@ -34,13 +34,15 @@ class Loaded:
 class Share:
     """Which part of the data a client owns: one part of a partition, or all of a device's own folder.
 
-    ``pooled``: the training rows of all parts together; the hold-out stays the part's own.
+    ``pooled``: the training rows of all parts together; the hold-out stays the part's own. ``prompts``: the file in
+    which a device's owner says what it is to generate.
     """
 
     index: int = 0
     count: int = 1
     folder: str = ""
     pooled: bool = False
+    prompts: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,9 @@ class Task:
         evaluate: Metrics of the model as it is now; the seed fixes whatever noise they need.
         client_metrics: The names of the numbers that a client may send, each with its place in the client's entry of
             results.json: ``{"kid": ("kid",), "kid_by_class_3": ("kid_by_class", "bag")}``. Only the server asks.
+        requirements: What a client wants, in words that never leave it: a device's own prompts (``Share.prompts``, else
+            prompts.txt in its folder), in a simulation its captions or the beginnings of its documents.
+        embed: Texts through the backbone's own text encoder without any adapter, (texts, width).
         sample: Generates from the model as it is now, one thing per prompt: (settings, backbone, prompts, seed).
         takes: Which of ``fedgen generate``'s options mean something: some of "prompt", "length" and "steps".
         prompts: What to generate from where the user names nothing.
@@ -144,6 +149,8 @@ class Task:
     loss: Callable[[Settings, Backbone], Loss]
     evaluate: Callable[[Settings, Backbone, Examples, int], Metrics]
     client_metrics: Callable[[Settings, Backbone], Mapping[str, tuple[str, ...]]]
+    requirements: Callable[[Settings, Backbone, Share], list[str]]
+    embed: Callable[[Backbone, Sequence[str]], Tensor]
     sample: Callable[[Settings, Backbone, Sequence[str], int], list[Sample]]
     takes: Callable[[Backbone], frozenset[str]]
     prompts: Callable[[Settings, Backbone], tuple[str, ...]]

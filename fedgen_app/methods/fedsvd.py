@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedgen_app.federation.lowrank import as_factors, as_pair, compress, refill
+from fedgen_app.federation.lowrank import Pair, as_factors, as_pair, compress, refill
 from fedgen_app.federation.method import GlobalState, Method, Round, Update, weighted_mean
 from fedgen_app.learning.adapters import pairs
 from fedgen_app.seeds import derive
@@ -23,11 +23,17 @@ def rule(state: GlobalState, updates: Sequence[Update], round_: Round) -> Global
     mean = weighted_mean(state, updates, round_)
     adapter = dict(mean.adapter)
     for key_a, key_b in pairs(adapter):
-        whole = compress(as_pair(adapter, key_a, key_b), round_.lora.rank)
-        turned = (whole.left * whole.values, whole.right)
         seed = derive(round_.seed, "refill", key_a)
-        adapter |= as_factors(refill(turned, round_.lora.rank, seed, length=1.0), adapter, key_a, key_b)
+        turned, _ = orthonormal(as_pair(adapter, key_a, key_b), round_.lora.rank, 1.0, seed)
+        adapter |= as_factors(turned, adapter, key_a, key_b)
     return GlobalState(adapter, mean.residual, mean.extra)
 
 
-METHOD = Method(rule=rule, shares=is_b, trains=is_b)
+def orthonormal(product: Pair, rank: int, scaling: float, seed: int) -> tuple[Pair, tuple[float, float]]:
+    """As ``aggregation.refactored``, with B = U S / s and A = V^T."""
+    whole = compress(product, rank)
+    turned = (whole.left * (whole.values / scaling), whole.right)
+    return refill(turned, rank, seed, length=1.0), (whole.lost, whole.energy)
+
+
+METHOD = Method(rule=rule, shares=is_b, trains=is_b, factored=orthonormal)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedgen_app.federation.aggregation import discarded, mean_of_products
-from fedgen_app.federation.lowrank import as_factors, compress, refill, truncate
+from fedgen_app.federation.aggregation import discarded, mean_of_products, refactored
+from fedgen_app.federation.lowrank import as_factors, truncate
 from fedgen_app.federation.method import GlobalState, Lora, Method, Round, Update
 from fedgen_app.federation.robust import PRODUCT_RULES, only
 from fedgen_app.learning.adapters import Adapter
@@ -20,10 +20,9 @@ def rule(state: GlobalState, updates: Sequence[Update], round_: Round) -> Global
     """SVD from factors; directions that vanish are refilled, so that they can learn again."""
     adapter, layers = dict(state.adapter), []
     for key_a, key_b, product in mean_of_products(updates, round_.lora):
-        best = compress(product, round_.lora.rank)
-        layers.append((best.lost, best.energy))
-        b, a = best.balanced
-        pair = refill((b / round_.lora.scaling, a), round_.lora.rank, derive(round_.seed, "refill", key_a))
+        seed = derive(round_.seed, "refill", key_a)
+        pair, energy = refactored(product, round_.lora.rank, round_.lora.scaling, seed)
+        layers.append(energy)
         adapter |= as_factors(pair, state.adapter, key_a, key_b)
     return GlobalState(adapter, state.residual, state.extra, {"discarded_energy": discarded(layers)})
 

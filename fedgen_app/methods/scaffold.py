@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from fedgen_app.federation.local import Learned, Lesson
-from fedgen_app.federation.method import GlobalState, Method, Round, Update, weighted_mean
+from fedgen_app.federation.method import EPOCH, GlobalState, Method, Round, Update, weighted_mean
 from fedgen_app.federation.robust import only
 from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import Adapter, Layout
@@ -64,10 +64,18 @@ def gradient(lesson: Lesson) -> Adapter:
     return found
 
 
+def _epoch(variates: Adapter) -> list[float]:
+    return [float(x) for x in variates[EPOCH]] if EPOCH in variates else []
+
+
 def local(lesson: Lesson) -> Learned:
-    """Train with the corrected gradients; c_i' is measured first, at the received adapter."""
+    """Train with the corrected gradients; c_i' is measured first, at the received adapter.
+
+    Where the server's variate began anew, because clusters mixed or this client moved, so does the client's.
+    """
     measured = gradient(lesson)
-    before = {key: lesson.own.get(CONTROL + key, torch.zeros_like(x)) for key, x in measured.items()}
+    kept = lesson.own if _epoch(lesson.own) == _epoch(lesson.extra) else {}
+    before = {key: kept.get(CONTROL + key, torch.zeros_like(x)) for key, x in measured.items()}
     drift = {key: lesson.extra.get(CONTROL + key, torch.zeros_like(x)) - x for key, x in before.items()}
     trained = lesson.train(
         lesson.model,
@@ -81,6 +89,7 @@ def local(lesson: Lesson) -> Learned:
     )
     changes = {CONTROL + key: measured[key] - before[key] for key in measured}
     own = {CONTROL + key: x for key, x in measured.items()}
+    own |= {key: x for key, x in lesson.extra.items() if key == EPOCH}
     return Learned(trained.loss, adapters.read(lesson.model), changes, own)
 
 
@@ -89,5 +98,6 @@ METHOD = Method(
     sends_extra=controls,
     shares_extra=change_layout,
     local=local,
+    tied=True,
     refuses=only(because="the control variates would pass unchecked"),
 )

@@ -123,6 +123,16 @@ def line(event: Mapping[str, Any]) -> str | None:
         case "left-out":
             who = f"node {event['node']}" if event["client"] is None else f"client {event['client']}"
             return f"  {who} left out ({event['reason']}): {event['detail']}"
+        case "clusters":
+            sizes = ", ".join(f"{cluster}: {len(clients)}" for cluster, clients in event["clusters"].items())
+            return f"  {len(event['clusters'])} clusters in round {event['round']} (clients in each: {sizes})"
+        case "unplaced":
+            return f"  client {event['client']} is in no cluster and does not train: {event['reason']}"
+        case "noise":
+            return (
+                f"  requirements carry noise {event['sigma']:g}: (epsilon, delta) = ({event['epsilon']:.3g}, "
+                f"{event['delta']:g}) for each client's vector, drawn once"
+            )
         case "silent":
             return f"  node {event['node']} does not answer the roll call"
         case "not-finite":

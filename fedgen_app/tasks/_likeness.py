@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedgen_app.data.images import BUNDLED
 from fedgen_app.errors import CheckpointError, MetricError, SettingsError
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Examples, Metrics
@@ -141,7 +142,7 @@ def _extractor(settings: Settings, device: torch.device, own: bool) -> Any:
     wanted = settings.metrics.features
     if wanted != "auto":
         return _features.open_extractor(wanted, device)
-    if settings.dataset == "bundled":
+    if settings.dataset in BUNDLED:
         return _features.open_extractor("bundled", device)
     return _features.open_extractor("inception", device) if own else _inception_or_bundled(device)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedgen_app.data.cache import Arrays, cached
 from fedgen_app.data.decoding import Pictures
-from fedgen_app.data.local import own_rows
+from fedgen_app.data.local import own_prompts, own_rows
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import Backbone
@@ -31,6 +31,7 @@ from fedgen_app.tasks._sources import (
     descriptions,
     identity,
     pictures,
+    prompts_of,
     subset,
     tell_skipped,
     training_pictures,
@@ -44,6 +45,7 @@ Array = NDArray[Any]
 log = logging.getLogger(__name__)
 ENCODED = 16  # images per forward pass of an autoencoder, and fewer of those above 128x128:
 ENCODED_PIXELS = ENCODED * 128**2  # its activations are many times larger than they are
+ASKED = 8  # prompts in which a simulated client says what it wants
 LEAST_COMPARED = 4  # images on either side, for FID and KID
 
 
@@ -235,6 +237,17 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
         reference = _reference(settings, backbone, found, order[:wanted], order[:0], own=True)
     classes = class_names(settings, cast(Facts, backbone.processor), None if share.folder else found)
     return LocalData(encoded.take(kept), encoded.take(held, reference), classes, found.skipped)
+
+
+def requirements(settings: Settings, backbone: Backbone, share: Share) -> list[str]:
+    """A device's own prompts; in a simulation what a few of a client's images are of."""
+    if share.folder:
+        return own_prompts(share.folder, share.prompts)
+    found, _ = _training(settings, backbone, settings.dataset)
+    parts, wanted = _owners(settings, found, share.count), found.wishes or prompts_of(settings, found)
+    kept, _ = own_rows(parts, share.index, False, settings.holdout_fraction, settings.seed, unit="image")
+    order = np.random.default_rng(derive(settings.seed, "requirements", share.index)).permutation(kept)
+    return [text for text in dict.fromkeys(wanted[i] for i in order) if text][:ASKED]
 
 
 def _reference(

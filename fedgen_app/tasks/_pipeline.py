@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import facts_of
+from fedgen_app.learning.encoder import mean_of_tokens
 
 Condition = Literal["none", "class", "text"]
 
@@ -150,6 +151,13 @@ class Pipeline:
         """Hidden states of the frozen text encoder, (prompts, length, width) float32 on the CPU."""
         pieces = torch.split(self.tokens(prompts), ENCODED)
         return torch.cat([self.text_encoder(p.to(self.device)).last_hidden_state.float().cpu() for p in pieces])
+
+    @torch.inference_mode()
+    def pooled(self, prompts: list[str]) -> Tensor:
+        """Mean of the frozen text encoder's hidden states over a prompt's own tokens, (prompts, width)."""
+        hidden, width = self.embed(prompts), self.tokens(prompts[:1]).shape[1]
+        used = [len(self.tokenizer(text, truncation=True, max_length=width).input_ids) for text in prompts]
+        return mean_of_tokens(hidden, (torch.arange(width)[None] < torch.tensor(used)[:, None]).long())
 
     def class_of(self, label: str) -> int:
         """The number of a class from its name or its number.

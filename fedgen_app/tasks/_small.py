@@ -78,6 +78,15 @@ def facts(backbone: Backbone) -> SmallFacts:
     return cast(SmallFacts, backbone.processor)
 
 
+def embed(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+    """Nothing here reads a text.
+
+    Raises:
+        SettingsError: always.
+    """
+    raise SettingsError("clusters.encoder = 'backbone': this one has no text encoder; take 'bundled', or a folder")
+
+
 def takes(backbone: Backbone) -> frozenset[str]:
     """A prompt, where there are classes."""
     return frozenset(("prompt",) if facts(backbone).classes else ())

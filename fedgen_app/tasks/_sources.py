@@ -10,9 +10,10 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from fedgen_app.data import styles
 from fedgen_app.data.cache import Arrays, cached, source_identity
 from fedgen_app.data.decoding import Pictures
-from fedgen_app.data.images import SINGLE_FILES, load_images
+from fedgen_app.data.images import BUNDLED, SINGLE_FILES, STYLED, load_images
 from fedgen_app.data.local import Split, hub_dataset
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import Backbone
@@ -21,7 +22,7 @@ from fedgen_app.tasks._facts import Facts
 
 Array = NDArray[Any]
 
-VERSION = 2  # of what the caches hold
+VERSION = 3  # of what the caches hold
 SHOWN = 10  # captions or classes that samples show where the user names none
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,9 @@ def identity(source: str, split: Split) -> str | None:
     Raises:
         DataError: it cannot be listed.
     """
-    if source == "bundled" or looks_like_path(source):
+    if source in BUNDLED:
+        return source_identity("bundled", split, "pictures") + (styles.MARK if source == STYLED else "")
+    if looks_like_path(source):
         return source_identity(source, split, "pictures")
     return _on_hub(source, split)
 
@@ -100,7 +103,13 @@ def tell_skipped(found: Pictures) -> None:
 def _packed(found: Pictures) -> Arrays:
     """Arrays of numbers only: texts as UTF-8 bytes and where each begins."""
     arrays: Arrays = {"pixels": found.pixels, "skipped": np.array([found.skipped])}
-    texts_of = {"name": (found.name,), "labels": found.labels, "captions": found.captions, "classes": found.classes}
+    texts_of = {
+        "name": (found.name,),
+        "labels": found.labels,
+        "captions": found.captions,
+        "classes": found.classes,
+        "wishes": found.wishes,
+    }
     for name, texts in texts_of.items():
         if texts is not None:
             encoded = [text.encode(errors="surrogatepass") for text in texts]
@@ -117,7 +126,8 @@ def _unpacked(arrays: Arrays) -> Pictures:
         return tuple(whole[a:b].decode(errors="surrogatepass") for a, b in zip(starts[:-1], starts[1:], strict=True))
 
     (name,), classes = texts("name") or ("",), texts("classes") or ()
-    return Pictures(name, arrays["pixels"], texts("labels"), texts("captions"), classes, int(arrays["skipped"][0]))
+    skipped = int(arrays["skipped"][0])
+    return Pictures(name, arrays["pixels"], texts("labels"), texts("captions"), classes, skipped, texts("wishes"))
 
 
 def prompts_of(settings: Settings, found: Pictures) -> tuple[str, ...]:
@@ -159,10 +169,11 @@ def class_names(settings: Settings, pipeline: Facts, shared: Pictures | None) ->
 
 def subset(found: Pictures, chosen: Array) -> Pictures:
     """Some of the images."""
-    labels, captions = (
-        None if texts is None else tuple(texts[i] for i in chosen) for texts in (found.labels, found.captions)
+    labels, captions, wishes = (
+        None if texts is None else tuple(texts[i] for i in chosen)
+        for texts in (found.labels, found.captions, found.wishes)
     )
-    return dataclasses.replace(found, pixels=found.pixels[chosen], labels=labels, captions=captions)
+    return dataclasses.replace(found, pixels=found.pixels[chosen], labels=labels, captions=captions, wishes=wishes)
 
 
 def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from fedgen_app.data.cache import cached, source_identity
-from fedgen_app.data.local import Corpus, load_corpus, own_rows
+from fedgen_app.data.local import Corpus, load_corpus, own_prompts, own_rows
 from fedgen_app.data.partition import Partition, partition
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Examples, LocalData, Share
 from fedgen_app.settings import Settings, looks_like_path
 
+BEGINNINGS, BEGINNING = 32, 200  # documents that speak for a simulated client, and how many characters of each
 IGNORED = -100  # torch's cross_entropy leaves these targets out
 
 
@@ -180,6 +181,17 @@ def load_data(settings: Settings, backbone: Backbone, share: Share) -> LocalData
     length = settings.sequence_length
     train, held_out = (pack(documents, part, length, start) for part in (kept, held))
     return LocalData(train, held_out, skipped=int(documents["skipped"][0]))
+
+
+def requirements(settings: Settings, backbone: Backbone, share: Share) -> list[str]:
+    """A device's own prompts; in a simulation the beginnings of some of the documents that a client trains on."""
+    if share.folder:
+        return own_prompts(share.folder, share.prompts)
+    corpus = _required(_corpus(settings, settings.dataset, "train"))
+    parts = _owned(settings, backbone, share.count)
+    kept, _ = own_rows(parts, share.index, False, settings.holdout_fraction, settings.seed, unit="document")
+    shown = kept[np.linspace(0, len(kept) - 1, min(BEGINNINGS, len(kept))).astype(int)]
+    return [text for i in shown if (text := " ".join(corpus.texts[i].split())[:BEGINNING])]
 
 
 def load_test(settings: Settings, backbone: Backbone) -> Examples | None:

@@ -23,7 +23,7 @@ from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid
 from fedgen_app.tasks._measure import check, client_metrics, evaluate
 from fedgen_app.tasks._objective import loss
-from fedgen_app.tasks._pictures import load_data, load_test, split
+from fedgen_app.tasks._pictures import load_data, load_test, requirements, split
 from fedgen_app.tasks._pipeline import (
     Adapted,
     Pipeline,
@@ -102,6 +102,18 @@ def sample(settings: Settings, backbone: Backbone, texts: Sequence[str], seed: i
     side = cast(Pipeline, backbone.processor).side_for(settings.resolution)
     images = generate(backbone, texts, derive(seed, "sample"), settings.samples, side)
     return [Sample(text, image) for text, image in zip(texts, images, strict=True)]
+
+
+def embed(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+    """The frozen text encoder's mean state of each text, (texts, width).
+
+    Raises:
+        SettingsError: the backbone has no text encoder.
+    """
+    pipeline = cast(Pipeline, backbone.processor)
+    if pipeline.condition != "text":
+        raise SettingsError("clusters.encoder = 'backbone': this one has no text encoder; take 'bundled', or a folder")
+    return pipeline.pooled(list(texts))
 
 
 def takes(backbone: Backbone) -> frozenset[str]:
@@ -193,6 +205,8 @@ TASK = Task(
     loss=loss,
     evaluate=evaluate,
     client_metrics=client_metrics,
+    requirements=requirements,
+    embed=embed,
     sample=sample,
     takes=takes,
     prompts=prompts,

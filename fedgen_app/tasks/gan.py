@@ -20,7 +20,7 @@ from fedgen_app.tasks import _grid, _small
 from fedgen_app.tasks._adversarial import Adversarial, train
 from fedgen_app.tasks._likeness import check, client_metrics, likeness
 from fedgen_app.tasks._networks import GAN
-from fedgen_app.tasks._pictures import load_data, load_test, split
+from fedgen_app.tasks._pictures import load_data, load_test, requirements, split
 from fedgen_app.tasks._sources import prompts
 
 DIRECTIONS = 256  # of the sliced Wasserstein distance
@@ -118,6 +118,8 @@ TASK = Task(
     loss=loss,
     evaluate=evaluate,
     client_metrics=functools.partial(client_metrics, always=("sliced_wasserstein",)),
+    requirements=requirements,
+    embed=_small.embed,
     sample=sample,
     takes=_small.takes,
     prompts=prompts,

@@ -14,10 +14,11 @@ from transformers.utils import logging as transformers_logging
 
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import Backbone, facts_of
+from fedgen_app.learning.encoder import MOST_TOKENS
 from fedgen_app.learning.task import Batch, Examples, Loaded, Metrics, Render, Sample, Task
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
-from fedgen_app.tasks._text import IGNORED, load_data, load_test, split, start_token
+from fedgen_app.tasks._text import IGNORED, load_data, load_test, requirements, split, start_token
 
 EVALUATED_TOKENS = 2048  # per forward pass: bounds the logits' memory, 2048 x 49152 float32 = 400 MB
 # The usual places of LoRA in a language model; the first set of which every name occurs is taken.
@@ -128,6 +129,21 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
     return dict(zip(METRICS, figures, strict=True))
 
 
+@torch.inference_mode()
+def embed(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+    """Mean of the frozen model's last hidden states over a text's tokens, (texts, width)."""
+    tokenizer, model = backbone.processor, cast(Any, backbone.model)
+    model.eval()
+    rows = []
+    with model.disable_adapter():
+        for text in texts:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"][: MOST_TOKENS - 1]
+            inputs = torch.tensor([[start_token(tokenizer), *ids]], device=backbone.device)
+            hidden = model(input_ids=inputs, output_hidden_states=True).hidden_states[-1][0].double()
+            rows.append(hidden[1:].mean(0) if ids else hidden[0])
+    return torch.stack(rows)
+
+
 def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:
     """The prompts of the settings, or a few that suit the bundled topics."""
     return settings.samples.prompts or PROMPTS
@@ -200,6 +216,8 @@ TASK = Task(
     loss=lambda settings, backbone: cross_entropy,
     evaluate=evaluate,
     client_metrics=lambda settings, backbone: {name: (name,) for name in METRICS},
+    requirements=requirements,
+    embed=embed,
     sample=sample,
     takes=lambda backbone: frozenset(("prompt", "length")),
     prompts=prompts,

@@ -19,7 +19,7 @@ from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid, _small
 from fedgen_app.tasks._likeness import check, client_metrics, likeness
 from fedgen_app.tasks._networks import VAE
-from fedgen_app.tasks._pictures import load_data, load_test, split
+from fedgen_app.tasks._pictures import load_data, load_test, requirements, split
 from fedgen_app.tasks._sources import prompts
 
 LEAST_LOG_SCALE = -7.0  # as PixelCNN++ has it: a likelihood of one value alone would be unbounded in training
@@ -145,6 +145,8 @@ TASK = Task(
     loss=loss,
     evaluate=evaluate,
     client_metrics=functools.partial(client_metrics, always=("bits_per_dim", "kl")),
+    requirements=requirements,
+    embed=_small.embed,
     sample=sample,
     takes=_small.takes,
     prompts=prompts,

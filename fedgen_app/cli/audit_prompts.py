@@ -1,0 +1,82 @@
+"""``fedgen audit-prompts``: how many prompts a server would read out of encoded requirements, with each protection."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedgen_app.cli import presets
+from fedgen_app.cli.launch import find_app
+from fedgen_app.cli.run import assignment
+from fedgen_app.errors import SettingsError
+from fedgen_app.settings import Settings, absolute, check, defaults
+
+if TYPE_CHECKING:
+    from fedgen_app.federation.leakage import Recovery
+
+
+def audit_prompts(
+    candidates: Annotated[Path, typer.Argument(help="What an attacker would try: one prompt per line.")],
+    prompts: Annotated[Path | None, typer.Option(help="What devices asked for; default: the candidates.")] = None,
+    preset: Annotated[str, typer.Option(help="A preset's name or a TOML file: its backbone and encoder.")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated.")
+    ] = None,
+    noise: Annotated[str, typer.Option(help="Standard deviations of the noise to try.")] = "0.05,0.1,0.2,0.5",
+    known: Annotated[int, typer.Option(min=0, help="Prompts that the attacker got hold of; 0: all it needs.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON into this file.")] = None,
+) -> None:
+    """Measure what encoded prompts leak, by looking for the nearest candidate."""
+    config = defaults(find_app(None)) | (presets.load(preset) if preset else {}) | dict(map(assignment, set_ or []))
+    settings = check(absolute(config))
+    tried, asked = _lines(candidates), _lines(prompts or candidates)
+    missing = [text for text in asked if text not in set(tried)]
+    if missing:
+        raise SettingsError(f"{prompts}: {len(missing)} prompts are no candidates; an attacker could not name them")
+    try:
+        sigmas = [float(text) for text in noise.split(",") if text.strip()]
+    except ValueError:
+        raise SettingsError(f"--noise {noise}: should be numbers with commas between them") from None
+    if any(not 0 < sigma < float("inf") for sigma in sigmas):
+        raise SettingsError(f"--noise {noise}: should be above 0")
+    found = _measure(settings, tried, asked, sigmas, known)
+    if output is not None:
+        output.write_text(json.dumps([row.as_json() for row in found], indent=1) + "\n", encoding="utf-8")
+    _show(found, len(tried), len(asked))
+
+
+def _measure(settings: Settings, tried: list[str], asked: list[str], sigmas: list[float], known: int) -> list[Recovery]:
+    from fedgen_app.federation.leakage import recoveries
+    from fedgen_app.learning.backbone import load_task, open_backbone
+    from fedgen_app.learning.encoder import encode
+
+    task, backbone = load_task(settings.task), open_backbone(settings)
+    vectors = encode(settings, task, backbone, tried)
+    return recoveries(vectors, [tried.index(text) for text in asked], sigmas, settings, known)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: {error}") from None
+    found = list(dict.fromkeys(line for line in lines if line))
+    if len(found) < 2:
+        raise SettingsError(f"{file}: should hold two prompts or more, one per line")
+    return found
+
+
+def _show(found: list[Recovery], candidates: int, prompts: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{prompts} prompts, each sought among {candidates} candidates")
+    for column in ("protection", "what the attacker has", "epsilon", "first guess", "among five"):
+        table.add_column(column, justify="left" if column in ("protection", "what the attacker has") else "right")
+    for row in found:
+        table.add_row(*row.as_text())
+    table.add_row("(chance)", "", "", f"{1 / candidates:.1%}", f"{min(1, 5 / candidates):.1%}")
+    Console().print(table)

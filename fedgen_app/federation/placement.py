@@ -1,0 +1,253 @@
+"""Which client belongs to which cluster, and when that is looked at again (``clusters.by``)."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fedgen_app.errors import RunError, SettingsError
+from fedgen_app.federation import clustering
+from fedgen_app.federation.admission import capped
+from fedgen_app.federation.clustering import Numbers
+from fedgen_app.federation.groups import Groups, regrouped
+from fedgen_app.federation.method import ClientId, Lora, Method, Update
+from fedgen_app.federation.protection import epsilon
+from fedgen_app.federation.robust import gram_of_changes
+from fedgen_app.federation.roster import Roster, in_order
+from fedgen_app.learning.adapters import Adapter
+from fedgen_app.seeds import derive
+from fedgen_app.settings import Settings
+
+BY_REPLIES = ("updates", "adapters")
+Draw = Callable[[Mapping[ClientId, int], Sequence[ClientId], Numbers], None]
+
+
+def needs_packages() -> None:
+    """Raise SettingsError where scikit-learn or SciPy is missing on the server."""
+    missing = [name for name in ("sklearn", "scipy") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SettingsError(f"clusters.by needs {' and '.join(missing)}: pip install 'fedgen-edge[sim]'")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the replies of one round tell of the likeness of their senders: inner products (n, n), in their order."""
+
+    clients: tuple[ClientId, ...]
+    products: Numbers
+
+
+class Placement:
+    """Decides who is where; see ``docs/clusters.md``.
+
+    Args:
+        truth: What each simulated client's data mostly is, for ``clusters.by = oracle``.
+        draw: Called with the places, and where they come from vectors with those clients and their inner products.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        method: Method,
+        roster: Roster,
+        truth: Callable[[], Mapping[ClientId, str]],
+        report: Callable[..., None],
+        draw: Draw,
+    ) -> None:
+        self.settings = settings
+        self.method = method
+        self.roster = roster
+        self._truth = truth
+        self._report = report
+        self._draw = draw
+        self._told: set[ClientId] = set()
+        if settings.clusters.by != "none":
+            needs_packages()
+
+    @property
+    def _by(self) -> str:
+        return self.settings.clusters.by
+
+    def takes_part(self, groups: Groups, client: ClientId) -> bool:
+        """Whether a client trains: by prompts and by truth only one that has a cluster does."""
+        return self._by not in ("prompts", "oracle") or client in groups.where
+
+    def asks_everyone(self, number: int, groups: Groups) -> bool:
+        """Whether all clients are wanted, as their replies are to be compared."""
+        warmup, every = self.settings.clusters.warmup, self.settings.clusters.every
+        later = bool(every and number > warmup and (number - warmup) % every == 0)
+        return self._by in BY_REPLIES and (later or (number >= warmup and not groups.clustered))
+
+    def before(self, number: int, groups: Groups) -> Groups:
+        """Look at who is there before a round: the first clusters, newcomers, and from time to time all anew."""
+        every = self.settings.clusters.every
+        again = bool(every and number > 1 and (number - 1) % every == 0)
+        if self._by == "prompts":
+            return self._by_prompts(number, groups, again)
+        if self._by == "oracle":
+            return self._by_truth(number, groups)
+        if self._by == "loss" and not groups.clustered:
+            return self._dealt(number, groups)
+        return groups
+
+    def _by_prompts(self, number: int, groups: Groups, again: bool) -> Groups:
+        vectors, wanted = self._vectors(), self.settings.clusters
+        if not groups.clustered and wanted.noise:
+            spent = epsilon(wanted.noise, wanted.delta)
+            self._report("noise", sigma=wanted.noise, epsilon=spent, delta=wanted.delta)
+        if not groups.clustered or again:
+            clients = tuple(in_order(vectors))
+            rows = np.stack([vectors[client] for client in clients])
+            divided = self.divide(number, groups, Seen(clients, rows @ rows.T))
+            return self._centred(divided, vectors)
+        fresh = [client for client in in_order(vectors) if client not in groups.where]
+        if not fresh:
+            return groups
+        where = dict(groups.where)
+        where |= {client: clustering.nearest(vectors[client], groups.centroids) for client in fresh}
+        return self._moved(number, groups, where)
+
+    def _vectors(self) -> dict[ClientId, Numbers]:
+        """The encoded requirements that can be compared: those of the space in which most clients are.
+
+        Raises:
+            RunError: nobody sent one.
+        """
+        members = self.roster.members
+        sent = {client: m.requirement for client, m in members.items() if m.requirement is not None}
+        if not sent:
+            raise RunError(
+                "clusters.by = 'prompts': no client sent an encoded requirement; a device needs prompts.txt in its "
+                "data folder, or prompts in its node config"
+            )
+        counts = Counter(requirement.space for requirement in sent.values())
+        space = max(sorted(counts), key=lambda each: counts[each])
+        for client in in_order(members):
+            if client not in sent:
+                self._leave_aside(client, members[client].unplaced)
+            elif sent[client].space != space:
+                self._leave_aside(client, f"another encoder or key than {counts[space]} others have")
+        return {client: sent[client].vector for client in sent if sent[client].space == space}
+
+    def _leave_aside(self, client: ClientId, reason: str) -> None:
+        if client not in self._told:
+            self._told.add(client)
+            self._report("unplaced", client=client, reason=reason)
+
+    def _centred(self, groups: Groups, vectors: Mapping[ClientId, Numbers]) -> Groups:
+        centres = clustering.centroids(vectors, groups.where)
+        kinship = {(a, b): float(centres[a] @ centres[b]) for a in centres for b in centres}
+        return replace(groups, centroids=centres, kinship=kinship)
+
+    def _by_truth(self, number: int, groups: Groups) -> Groups:
+        if groups.clustered and all(client in groups.where for client in self.roster.members):
+            return groups
+        truth, clients = self._truth(), in_order(self.roster.members)
+        kinds = sorted({truth[client] for client in clients})
+        now = {client: kinds.index(truth[client]) for client in clients}
+        names = clustering.matched(groups.where, now, groups.free if groups.clustered else 0)
+        return self._moved(number, groups, {client: names[label] for client, label in now.items()})
+
+    def _dealt(self, number: int, groups: Groups) -> Groups:
+        """IFCA's start: its clusters have to differ, and all adapters begin as the same function; so chance deals."""
+        clients = in_order(self.roster.members)
+        order = random.Random(derive(self.settings.seed, "clusters")).sample(clients, len(clients))
+        count = min(self.settings.clusters.count, len(clients))
+        return self._moved(number, groups, {client: place % count for place, client in enumerate(order)})
+
+    def measure(self, updates: Sequence[Update], received: Sequence[Adapter], lora: Lora) -> Seen:
+        """What a round's replies tell of who is alike: of the change of s B A, or by adapters of the factors B.
+
+        Args:
+            received: What each of them started from, at its rank.
+
+        Raises:
+            RunError: nothing that the method sends tells it.
+        """
+        clients = tuple(update.client for update in updates)
+        seen = gram_of_changes(updates, received, lora).numpy() if self._by == "updates" else products_of_b(updates)
+        if not seen.any():
+            raise RunError(
+                f"clusters.by = {self._by!r}: what clients send with method = {self.settings.method} does not tell "
+                "them apart (round clusters.warmup sends no factor B)"
+            )
+        return Seen(clients, seen)
+
+    def divide(self, number: int, groups: Groups, seen: Seen) -> Groups:
+        """Cluster anew by what was seen; those who were not stay where they were.
+
+        Raises:
+            RunError: there is nobody to tell apart.
+        """
+        wanted = self.settings.clusters
+        cosine = clustering.cosines(seen.products)
+        labels = clustering.agglomerate(cosine, wanted.choose, wanted.count, wanted.threshold)
+        now = dict(zip(seen.clients, labels, strict=True))
+        names = clustering.matched(groups.where, now, groups.free if groups.clustered else 0)
+        places = {client: names[label] for client, label in now.items()}
+        kinship = {(names[a], names[b]): value for (a, b), value in clustering.similarity(cosine, labels).items()}
+        remain = {c: place for c, place in groups.where.items() if c not in places}
+        # Whose cluster nobody was left in would keep it alive alone: better with the rest of a cluster that is there.
+        gone = {place for place in remain.values() if place not in places.values()}
+        remain = {c: place for c, place in remain.items() if place not in gone}
+        where = {client: (places | remain)[client] for client in in_order([*places, *remain])}
+        self._draw(places, seen.clients, cosine)
+        return replace(self._moved(number, groups, where), kinship=kinship)
+
+    def join(self, number: int, groups: Groups, seen: Seen) -> Groups:
+        """Clients without a place get that of the replies which theirs is most like, on average.
+
+        They started from the global adapter; what they sent serves this alone.
+        """
+        cosine, where = clustering.cosines(seen.products), dict(groups.where)
+        for row, client in enumerate(seen.clients):
+            if client in groups.where:
+                continue
+            likeness: dict[int, list[float]] = {}
+            for column, other in enumerate(seen.clients):
+                if other in groups.where:
+                    likeness.setdefault(groups.where[other], []).append(float(cosine[row, column]))
+            if likeness:
+                where[client] = max(sorted(likeness), key=lambda place: float(np.mean(likeness[place])))
+        return groups if where == groups.where else self._moved(number, groups, where)
+
+    def follow(self, number: int, groups: Groups, chosen: Mapping[ClientId, int]) -> Groups:
+        """IFCA: clients are where they chose to be."""
+        where = dict(groups.where) | dict(chosen)
+        if where == groups.where:
+            return groups
+        examples = self._weights(where)
+        counted = {c: float(sum(examples[m] for m, p in where.items() if p == c)) for c in groups.states}
+        return replace(groups, where={c: where[c] for c in in_order(where)}, examples=counted)
+
+    def _moved(self, number: int, groups: Groups, where: Mapping[ClientId, int]) -> Groups:
+        moved = regrouped(groups, where, self._weights(where), self.method, number)
+        self._report("clusters", round=number, clusters={str(c): moved.members(c) for c in sorted(moved.states)})
+        return moved
+
+    def _weights(self, clients: Mapping[ClientId, int]) -> dict[ClientId, float]:
+        """Examples of each client as the roll call told them, capped as weights of replies are."""
+        known = [client for client in in_order(clients) if client in self.roster.members]
+        counts = [float(self.roster.members[client].num_examples) for client in known]
+        return dict.fromkeys(clients, 0.0) | dict(
+            zip(known, capped(counts, self.settings.admission.max_weight), strict=True)
+        )
+
+
+def products_of_b(updates: Sequence[Update]) -> Numbers:
+    """Mean over the layers of the cosines of the factors B, as FedLEASE compares clients that began alike.
+
+    Wang et al. 2025 (arXiv 2509.15087). Tensors that are no factor count as layers too.
+    """
+    keys = [key for key in sorted(updates[0].adapter) if ".lora_A." not in key]
+    total = np.zeros((len(updates), len(updates)))
+    for key in keys:
+        rows = torch.stack([update.adapter[key].double().flatten() for update in updates]).numpy()
+        total += clustering.cosines(rows @ rows.T)
+    return np.asarray(total / max(1, len(keys)), np.float64)

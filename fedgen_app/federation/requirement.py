@@ -1,0 +1,69 @@
+"""What a device answers about what it wants: one protected direction, never a word of its prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedgen_app.errors import DataError, SettingsError
+from fedgen_app.federation import protection
+from fedgen_app.federation.roster import REQUIREMENT, SPACE
+from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.encoder import Numbers, direction, encode, mark_of
+from fedgen_app.learning.task import Task
+from fedgen_app.seeds import derive
+
+if TYPE_CHECKING:
+    from fedgen_app.federation.client import Participant
+
+NOISE_FILE = "requirement-noise.safetensors"
+log = logging.getLogger(__name__)
+
+
+def facts_of(me: Participant, task: Task, backbone: Backbone) -> dict[str, str | list[float]]:
+    """The part of the answer to the roll call; nothing where the run does not ask or the device has no prompts.
+
+    Raises:
+        FedgenError: a file or the encoder is not to be had.
+    """
+    if me.settings.clusters.by != "prompts":
+        return {}
+    texts = task.requirements(me.settings, backbone, me.share)
+    if not texts:
+        log.warning("no prompts here: this device answers without a requirement and will be in no cluster")
+        return {}
+    try:
+        clean = direction(encode(me.settings, task, backbone, texts, me.encoder))
+    except DataError as error:
+        log.warning("%s: this device answers without a requirement and will be in no cluster", error)
+        return {}
+    key = protection.read_key(me.key) if me.key else b""
+    sent = _with_noise(me, clean)
+    if key:
+        sent = sent @ protection.rotation(key, len(sent)).T
+    known = (mark_of(me.settings, backbone, me.encoder), protection.key_mark(key) if key else "", len(sent))
+    space = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+    return {REQUIREMENT: [float(number) for number in sent.astype(np.float32)], SPACE: space}
+
+
+def _with_noise(me: Participant, clean: Numbers) -> Numbers:
+    """Noise as the run says, or more where the device itself wants more."""
+    sigma, delta = max(me.settings.clusters.noise, me.noise), me.settings.clusters.delta
+    if not sigma:
+        return clean
+    if me.state is None:  # simulated: the same in a resumed run, and private from nobody
+        seed = derive(me.settings.seed, "requirement", me.client)
+        return protection.noisy(clean, protection.drawn(len(clean), sigma, np.random.default_rng(seed)))
+    noise, draws = protection.drawn_once(clean, sigma, me.state / NOISE_FILE)
+    spent = protection.epsilon(sigma, delta)
+    log.info("requirement: noise %g, (epsilon, delta) = (%.3g, %g) for this vector", sigma, spent, delta)
+    if draws > 1:
+        log.warning(
+            "requirement: %d different vectors so far: together at most (%.3g, %g)", draws, draws * spent, draws * delta
+        )
+    if not np.isfinite(noise).all():
+        raise SettingsError(f"{me.state / NOISE_FILE}: holds no finite noise")
+    return protection.noisy(clean, noise)
