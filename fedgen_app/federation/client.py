@@ -24,8 +24,9 @@ from fedgen_app.federation.roster import parse_client
 from fedgen_app.learning import adapters, training
 from fedgen_app.learning.adapters import Adapter
 from fedgen_app.learning.backbone import Backbone, load_task, open_backbone
+from fedgen_app.learning.choosing import best_suited
 from fedgen_app.learning.export import export_personal, usage_of
-from fedgen_app.learning.task import Examples, LocalData, Loss, Metrics, Share, Task
+from fedgen_app.learning.task import LocalData, Metrics, Share, Task
 from fedgen_app.learning.training import Plan, round_factor
 from fedgen_app.runs.personal import Kept, PersonalStore
 from fedgen_app.seeds import derive
@@ -162,6 +163,8 @@ class Participant:
             client = parse_client(str(node["client-id"]))
             data, rank, memory = str(node["data"]), int(node.get("rank", 0)), int(node.get("memory", 0))
             noise = float(node.get("cluster-noise", 0.0))
+            if not 0 <= noise < math.inf:
+                raise ValueError(f"cluster-noise = {noise}")
         except (KeyError, ValueError) as error:
             raise SettingsError(f"node config: {error}; a device needs client-id and data") from None
         state = Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser()
@@ -319,32 +322,6 @@ class Work:
         folder, usage = self.store.folder, usage_of(self.task, here, self.backbone)
         export_personal(folder, self.backbone, whole, self.me.data_name, settings, measured, examples, usage)
         self.task.export(folder, self.backbone, whole)
-
-
-@torch.no_grad()
-def best_suited(
-    starts: Mapping[int, tuple[Adapter, Adapter]],
-    backbone: Backbone,
-    loss: Loss,
-    data: Examples,
-    settings: Settings,
-) -> int:
-    """The cluster whose adapter (and residual) has the least mean loss on the client's own data, under the same noise.
-
-    Ghosh et al. 2020 (IFCA, arXiv 2006.04088). Of equals the first.
-    """
-    losses = {}
-    shared = {name: tensor.to(backbone.device) for name, tensor in data.shared.items()}
-    for cluster in sorted(starts):
-        adapters.write(backbone.model, *starts[cluster])
-        backbone.model.eval()
-        noise = torch.Generator(backbone.device).manual_seed(derive(settings.seed, "choose cluster"))
-        total = 0.0
-        for indices in torch.split(torch.arange(len(data)), settings.batch_size):
-            batch = shared | {name: tensor[indices].to(backbone.device) for name, tensor in data.rows.items()}
-            total += float(loss(backbone.model, batch, noise)) * len(indices)
-        losses[cluster] = total
-    return min(losses, key=lambda cluster: losses[cluster])
 
 
 def round_plan(settings: Settings, number: int, client: ClientId, dtype: torch.dtype, steps: int = 0) -> Plan:

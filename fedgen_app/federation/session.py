@@ -18,6 +18,7 @@ from fedgen_app.federation.client import lora_of, run_folder
 from fedgen_app.federation.clustering import Numbers
 from fedgen_app.federation.groups import Groups
 from fedgen_app.federation.method import ClientId, GlobalState, Method
+from fedgen_app.federation.resuming import newest_checkpoint, same_run
 from fedgen_app.federation.roster import Roster, in_order
 from fedgen_app.federation.summary import clusters_of, keep_clusters
 from fedgen_app.learning import adapters
@@ -26,14 +27,7 @@ from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.export import card, exported_file, load_peft, save_peft, shape_row, span, usage_of
 from fedgen_app.learning.task import Examples, Metrics, Sample, Task
 from fedgen_app.runs import report, signs
-from fedgen_app.runs.folder import (
-    Checkpoint,
-    RunFolder,
-    checkpoint_numbers,
-    load_checkpoint,
-    read_json,
-    remove_checkpoint,
-)
+from fedgen_app.runs.folder import Checkpoint, RunFolder, read_json
 from fedgen_app.runs.personal import load_kept
 from fedgen_app.settings import Settings, shown_source
 
@@ -89,8 +83,8 @@ class Session:
                 yield session
                 return
             if resumed:
-                _same_run(path, settings)  # before _checkpoint, which removes what the user goes back behind
-            session = cls(settings, name, folder, _checkpoint(path, settings) if resumed else None)
+                same_run(path, settings)  # before newest_checkpoint, which removes what the user goes back behind
+            session = cls(settings, name, folder, newest_checkpoint(path, settings) if resumed else None)
             if not resumed:
                 folder.write_settings(settings.flat())
                 folder.write_results(session.results)
@@ -298,38 +292,3 @@ class Session:
             if file.exists():  # on a device a client's adapters are not here
                 draw(f"client-{client}", load_kept(file).adapter, groups.state_of(client).residual if own else None)
         task.save_samples(target, samples)
-
-
-# What may differ when a run goes on: where it lies, who computes it, how patiently, what is kept and shown.
-# Not how images are drawn (samples.steps, ...): what is measured hangs on it. Where the feature extractor comes from
-# may differ, as Task.check compares which one it is.
-FREE_ON_RESUME = (
-    *("output-dir", "resume-from", "resume-round", "expected-clients", "device", "keep-checkpoints"),
-    "metrics.features",
-    *("samples.count", "samples.per-prompt", "samples.every", "samples.prompts", "samples.length", "samples.batch"),
-)
-FREE_GROUPS = ("round.",)
-
-
-def _same_run(path: Path, settings: Settings) -> None:
-    """Refuse to go on with other settings than the run began with.
-
-    Raises:
-        SettingsError: names every setting that differs.
-    """
-    if not (path / "settings.json").exists():
-        return  # it ended before anything was written: there is nothing to go on from
-    before, now = read_json(path / "settings.json"), settings.flat()
-    differ = [k for k in now if k not in FREE_ON_RESUME and not k.startswith(FREE_GROUPS) and now[k] != before.get(k)]
-    if differ:
-        told = "; ".join(f"{key} = {now[key]!r}, was {before.get(key)!r}" for key in differ)
-        raise SettingsError(f"{path}: the run began with other settings: {told}")
-
-
-def _checkpoint(path: Path, settings: Settings) -> Checkpoint | None:
-    """The checkpoint to go on from; later ones, which the user passed over, are removed."""
-    checkpoint = load_checkpoint(path, settings.resume_round or None)
-    for number in checkpoint_numbers(path):
-        if checkpoint is not None and number > checkpoint.number:
-            remove_checkpoint(path, number)
-    return checkpoint
