@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class FedLora(Strategy):
         self.save = save
         self.report = report
         self._nodes: dict[int, ClientId] = {}
-        self._downlink = 0
+        self._deadline, self._downlink = settings.round.deadline, 0
 
     def summary(self) -> None:
         """Say what is about to happen."""
@@ -157,7 +157,7 @@ class FedLora(Strategy):
 
     def _patience(self) -> Patience:
         waiting = self.settings.round
-        return Patience(waiting.deadline, waiting.quorum, waiting.grace)
+        return Patience(self._deadline, waiting.quorum, waiting.grace)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         return lambda done, of: self.report("reply", what=what, done=done, of=of)
@@ -249,7 +249,7 @@ class FedLora(Strategy):
             )
             for node, client in self._nodes.items()
         ]
-        self._downlink = sum(wire.byte_size(m) for m in messages)
+        self._deadline, self._downlink = deadline, sum(wire.byte_size(m) for m in messages)
         return messages
 
     def _admit(self, number: int, replies: Replies) -> Outcome:
@@ -303,6 +303,7 @@ class FedLora(Strategy):
         reason = objection(self.settings.aggregation, len(outcome.updates))
         if not outcome.updates or reason:
             self.report("skipped", round=number, reason=reason or "no usable reply")
+            self.state = replace(self.state, facts={})  # they are of an earlier round
             return
         self.state = self._rule(self.state, outcome.updates, self._round(number))
 
@@ -320,7 +321,7 @@ class FedLora(Strategy):
             "admitted_bytes": outcome.admitted_bytes,
             "downlink_bytes": self._downlink,
             **({"ranks": [u.rank for u in outcome.updates]} if self.method.fit else {}),
-            **(self.state.facts if outcome.updates else {}),
+            **self.state.facts,
         }
 
     def _stop_if_futile(self, number: int, replies: Replies, grid: Grid) -> None:
