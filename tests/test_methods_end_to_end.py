@@ -144,12 +144,15 @@ def test_centralised_training_takes_everyones_steps_on_everyones_data(tmp_path: 
         ({"method": "local-only", "aggregation.robust": "krum"}, "aggregation.robust = 'krum'"),
         ({"aggregation.robust": "krum"}, "needs 2f + 3"),
         ({"method": "scaffold", "aggregation.layer-wise": "true"}, "aggregation.layer-wise = true"),
-        ({"method": "ffa-lora", "lora.init": "."}, "lora.init"),
+        ({"method": "local-only", "lora.init": "START"}, "lora.init = "),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_start(changes: dict[str, str], told: str, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    options = [f"--set={key}={value}" for key, value in changes.items()]
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "adapter_model.safetensors").touch()
+    options = [f"--set={key}={str(start) if value == 'START' else value}" for key, value in changes.items()]
     ended = command("run", "--engine", "in-process", "--clients", "2", "--output", output, *options)
     assert ended.status == 2 and told in ended.err, ended.err
     assert not output.exists()
@@ -166,3 +169,24 @@ def test_robust_rules_in_a_run(rule: str, tmp_path: Path) -> None:
 def test_layer_wise_aggregation_in_a_run(tmp_path: Path) -> None:
     found = federate(config(tmp_path / "run", "fedgen-edge", aggregation__layer_wise=True))
     assert found["final"]["metrics"]["word_perplexity"] < 0.99 * found["frozen"]["word_perplexity"]
+
+
+def test_the_digest_of_the_result_covers_the_residual(tmp_path: Path) -> None:
+    """FLoRA's adapter starts afresh in every round: what was learnt lies in the residual alone."""
+    digests = set()
+    for rate in (1e-3, 5e-3):
+        folder = tmp_path / str(rate)
+        changes: dict[str, Value] = {"num_server_rounds": 1, "personal__epochs": 0, "samples__count": 0}
+        digests.add(federate(config(folder, "flora", learning_rate=rate, **changes))["adapter"]["sha256"])
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "told", "peft"),
+    [("fedgen-edge", "averaging of LoRA adapters", True), ("fedavg-full", "averaging of all weights", False)]
+    + [("centralized", "no federation", True)],
+)
+def test_the_card_says_how_the_model_was_made(method: str, told: str, peft: bool, tmp_path: Path) -> None:
+    federate(config(tmp_path / "run", method, num_server_rounds=1, personal__epochs=0, samples__count=0))
+    card = (tmp_path / "run/global/README.md").read_text()
+    assert told in card and ("library_name: peft" in card) is peft and ("tags: [lora," in card) is peft

@@ -193,7 +193,7 @@ class Session:
         self.results["final"] = report.final(self.results)
         self.results["signs"] = signs.signs(self.results)
         facts = self._facts()
-        note = "Trained by federated averaging of LoRA adapters: the data stayed on the clients."
+        note = _origin(self._method)
         final = self.results["final"]
         own = (final["personal"] or {}).get("frozen")  # the clients' hold-outs, where the server has no test set
         frozen = self.frozen if final["source"] == "server" else own
@@ -209,7 +209,8 @@ class Session:
             clients = [entry["client"] for entry in self.results["personal"]]
             self._sample(self.folder.path / "samples", state, clients, "")
         self.results["status"] = "completed"
-        self.results["adapter"]["sha256"] = adapters.digest(state.adapter)
+        residual = {f"residual/{key}": tensor for key, tensor in state.residual.items()}
+        self.results["adapter"]["sha256"] = adapters.digest(state.adapter | residual)
         self.folder.write_results(self.results)
         self.event("end", status="completed", reason="")
 
@@ -250,6 +251,13 @@ class Session:
                 adapters.write(backbone.model, load_kept(file).adapter, state.residual if own else None)
                 samples[f"client-{client}"] = task.sample(self.settings, backbone, texts, self.settings.seed)
         task.save_samples(target, samples)
+
+
+def _origin(method: Method) -> str:
+    if method.pooled:
+        return "Trained in one place on the data of all simulated clients: no federation, a reference for one."
+    what = "all weights" if method.weights == "model" else "LoRA adapters"
+    return f"Trained by federated averaging of {what}: the data stayed on the clients."
 
 
 # What may differ when a run goes on: where it lies, who computes it, how patiently, what is kept and shown.
