@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import command, federate, run_arguments, tiny_config, without_times
+from flwr.app import Message
+from helpers import RecordingGrid, command, federate, run_arguments, tiny_config, without_times
 from safetensors.torch import load_file
 
 from fedgen_app.federation.client import load_method
+from fedgen_app.learning.adapters import digest
 from fedgen_app.settings import Value, plugins
 
 METHODS = plugins("methods")
@@ -62,6 +65,42 @@ def test_a_resumed_run_ends_with_the_same_results(method: str, tmp_path: Path) -
         (one,), (other,) = ((f / "clients" / str(client)).glob("*model.safetensors") for f in (whole, parted))
         first, second = load_file(one), load_file(other)
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+class Backwards(RecordingGrid):
+    """The clients work, and their replies arrive, in the opposite order."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return super().pull_messages(reversed(list(message_ids)))
+
+
+GUARDS: list[dict[str, Value]] = [
+    {"aggregation__robust": "multi-krum"},
+    {"aggregation__robust": "geometric-median"},
+    {"aggregation__robust": "factor-trimmed-mean"},
+    {"aggregation__layer_wise": True},
+    {"method": "hetlora", "lora__ranks": "1,4,2", "hetlora__gamma": 0.5, "hetlora__penalty": 5.0},
+    {"method": "flora", "lora__ranks": "1,4,2"},
+    {"method": "flexlora", "lora__ranks": "1,4,2"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [*({"method": m} for m in METHODS), *GUARDS], ids=str)
+def test_the_order_of_clients_changes_no_bit(changes: dict[str, Value], tmp_path: Path) -> None:
+    """They share one model in one process, and the replies are added up: neither may tell who came first."""
+    found, files = [], []
+    for name, grid in (("forth", RecordingGrid), ("back", Backwards)):
+        changed = {"method": "fedgen-edge", "num_server_rounds": 2, "samples__count": 0} | changes
+        run = tiny_config(tmp_path / name, **changed)
+        one = grid(run, 3)
+        found.append(without_times(federate(run, 3, one)))
+        at = [m.metadata.dst_node_id for m in one.sent if m.metadata.message_type == "train.personalise"]
+        assert at == ([1, 2, 3] if name == "forth" else [3, 2, 1])
+        whole = sorted((tmp_path / name).glob("*/**/*.safetensors"))
+        files.append({str(f.relative_to(tmp_path / name)): digest(load_file(f)) for f in whole})
+    assert found[0] == found[1]
+    assert files[0] == files[1] and len(files[0]) >= 6
 
 
 def uplink(method: str, folder: Path) -> int:
