@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
-from helpers import RecordingGrid, command, federate, run_arguments, tiny_config, without_times
+from helpers import RecordingGrid, client_states, command, federate, run_arguments, tiny_config, without_times
 from safetensors.torch import load_file
 
 from fedgen_app.federation.client import load_method
+from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import digest
 from fedgen_app.settings import Value, plugins
 
@@ -229,3 +230,23 @@ def test_the_card_says_how_the_model_was_made(method: str, told: str, peft: bool
     federate(config(tmp_path / "run", method, num_server_rounds=1, personal__epochs=0, samples__count=0))
     card = (tmp_path / "run/global/README.md").read_text()
     assert told in card and ("library_name: peft" in card) is peft and ("tags: [lora," in card) is peft
+
+
+def test_a_rounds_sample_of_a_client_is_of_the_model_that_it_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the residual that it received: the next one holds its own share already."""
+    write, beside = adapters.write, {}
+
+    def watched(model: Any, adapter: Any, residual: Any = None) -> None:
+        beside[digest(adapter)] = digest(residual or {})
+        write(model, adapter, residual)
+
+    monkeypatch.setattr(adapters, "write", watched)
+    sampled = tmp_path / "sampled"
+    federate(config(sampled, "flora", num_server_rounds=2, personal__epochs=0, samples__every=1))
+    for number in (1, 2):
+        before = sampled / f"checkpoints/round-{number - 1:04d}/residual.safetensors"
+        wanted = digest(load_file(before)) if number > 1 else digest({})
+        trained = client_states(sampled, number)[0]
+        assert beside[digest(trained)] == wanted

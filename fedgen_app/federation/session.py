@@ -53,7 +53,7 @@ class Session:
         self.folder = folder
         self.checkpoint = checkpoint
         self.completed = False
-        self.state = GlobalState({})
+        self.state = GlobalState({})  # after the last round that was saved
         self.history: list[dict[str, Any]] = list(checkpoint.facts["history"]) if checkpoint else []
         self.frozen: Metrics | None = checkpoint.facts["frozen"] if checkpoint else None
         self.left_out: list[dict[str, Any]] = []
@@ -156,6 +156,7 @@ class Session:
         if every and number % every == 0 and self.settings.samples.count:
             target, own = self.folder.path / "samples" / f"round-{number:04d}", f"state/round-{number:04d}.safetensors"
             self._sample(target, state, history[-1]["clients"], own)
+        self.state = state
 
     def keep_personal(self, entries: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
         """The clients' own metrics, and who could not be used."""
@@ -248,7 +249,8 @@ class Session:
             folder = self.folder.path / "clients" / str(client)
             file = folder / own if own else exported_file(folder)
             if file.exists():  # on a device a client's adapters are not here
-                adapters.write(backbone.model, load_kept(file).adapter, state.residual if own else None)
+                # Of a round: with the residual that the client trained beside; the next one holds its share already.
+                adapters.write(backbone.model, load_kept(file).adapter, self.state.residual if own else None)
                 samples[f"client-{client}"] = task.sample(self.settings, backbone, texts, self.settings.seed)
         task.save_samples(target, samples)
 
