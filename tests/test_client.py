@@ -60,3 +60,20 @@ def test_a_method_is_checked_against_the_settings() -> None:
     lines = str(caught.value).splitlines()
     assert [line.split(" = ")[0] for line in lines] == ["aggregation.layer-wise", "lora.ranks"]
     check_method(tiny_settings(lora__rank=4, lora__ranks="4,4"))  # a mixture of one
+
+
+@pytest.mark.parametrize("method", ["ffa-lora", "fedsa-lora", "fedper", "local-only", "fedavg-full"])
+def test_a_start_that_only_the_server_would_have_is_refused(method: str) -> None:
+    with pytest.raises(SettingsError, match=f"lora.init = 'folder': with method = {method} "):
+        check_method(tiny_settings(method=method, lora__init="folder"))
+
+
+@pytest.mark.parametrize("method", ["fedgen-edge", "rolora", "fedsvd", "flora", "centralized"])
+def test_a_start_that_is_sent_whole_is_taken(method: str) -> None:
+    check_method(tiny_settings(method=method, lora__init="folder"))
+
+
+def test_where_all_weights_learn_there_is_no_rank_to_afford(tmp_path: Path) -> None:
+    backbone = open_backbone(tiny_settings(method="fedavg-full"), weights="model")
+    assert participant(tmp_path, device(memory=1), method="fedavg-full").rank_for(backbone) == 4
+    assert participant(tmp_path, device(rank=2), method="fedavg-full").rank_for(backbone) == 4

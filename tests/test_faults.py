@@ -540,3 +540,44 @@ def test_queueing_for_one_process_is_no_lateness(tmp_path: Path) -> None:
     (entry,) = federate(config, 3, Working(config, 3))["rounds"]
     assert entry["seconds"] > 2.4, "the clients took no longer than the deadline: nothing is shown"
     assert entry["clients"] == [0, 1, 2] and entry["rejected"] == []
+
+
+def test_who_takes_everyones_steps_has_everyones_time(tmp_path: Path) -> None:
+    class Slow(RecordingGrid):
+        began = math.inf
+
+        def clock(self) -> float:
+            return time.monotonic()
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            pending = [self._pending[i] for i in message_ids if i in self._pending]
+            if any(message.metadata.message_type == "train" for message in pending):
+                self.began = min(self.began, time.monotonic())
+                if time.monotonic() - self.began < 1.5:
+                    return []
+            return super().pull_messages(message_ids)
+
+    config = tiny_config(
+        tmp_path / "run",
+        method="centralized",
+        num_server_rounds=1,
+        round__deadline=1.0,
+        personal__epochs=0,
+        samples__count=0,
+    )
+    (entry,) = federate(config, 3, Slow(config, 3))["rounds"]
+    assert entry["seconds"] >= 1.5 and len(entry["clients"]) == 1 and entry["rejected"] == []
+
+
+def test_a_round_without_an_aggregation_has_no_figures_of_one(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path / "run",
+        method="flora",
+        aggregation__robust="multi-krum",
+        personal__epochs=0,
+        samples__count=0,
+    )
+    first, second = federate(config, 5, TamperedGrid(config, 5, with_number(math.nan), [2], [0, 1, 2]))["rounds"]
+    assert "discarded_energy" in first
+    assert second["clients"] == [3, 4] and "discarded_energy" not in second
+    assert [e["round"] for e in events(tmp_path / "run") if e["event"] == "skipped"] == [2]

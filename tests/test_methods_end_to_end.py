@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import command, federate, run_arguments, tiny_config, without_times
+from flwr.app import Message
+from helpers import RecordingGrid, client_states, command, federate, run_arguments, tiny_config, without_times
 from safetensors.torch import load_file
 
 from fedgen_app.federation.client import load_method
+from fedgen_app.learning import adapters
+from fedgen_app.learning.adapters import digest
 from fedgen_app.settings import Value, plugins
 
 METHODS = plugins("methods")
@@ -62,6 +66,42 @@ def test_a_resumed_run_ends_with_the_same_results(method: str, tmp_path: Path) -
         (one,), (other,) = ((f / "clients" / str(client)).glob("*model.safetensors") for f in (whole, parted))
         first, second = load_file(one), load_file(other)
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+class Backwards(RecordingGrid):
+    """The clients work, and their replies arrive, in the opposite order."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return super().pull_messages(reversed(list(message_ids)))
+
+
+GUARDS: list[dict[str, Value]] = [
+    {"aggregation__robust": "multi-krum"},
+    {"aggregation__robust": "geometric-median"},
+    {"aggregation__robust": "factor-trimmed-mean"},
+    {"aggregation__layer_wise": True},
+    {"method": "hetlora", "lora__ranks": "1,4,2", "hetlora__gamma": 0.5, "hetlora__penalty": 5.0},
+    {"method": "flora", "lora__ranks": "1,4,2"},
+    {"method": "flexlora", "lora__ranks": "1,4,2"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [*({"method": m} for m in METHODS), *GUARDS], ids=str)
+def test_the_order_of_clients_changes_no_bit(changes: dict[str, Value], tmp_path: Path) -> None:
+    """They share one model in one process, and the replies are added up: neither may tell who came first."""
+    found, files = [], []
+    for name, grid in (("forth", RecordingGrid), ("back", Backwards)):
+        changed = {"method": "fedgen-edge", "num_server_rounds": 2, "samples__count": 0} | changes
+        run = tiny_config(tmp_path / name, **changed)
+        one = grid(run, 3)
+        found.append(without_times(federate(run, 3, one)))
+        at = [m.metadata.dst_node_id for m in one.sent if m.metadata.message_type == "train.personalise"]
+        assert at == ([1, 2, 3] if name == "forth" else [3, 2, 1])
+        whole = sorted((tmp_path / name).glob("*/**/*.safetensors"))
+        files.append({str(f.relative_to(tmp_path / name)): digest(load_file(f)) for f in whole})
+    assert found[0] == found[1]
+    assert files[0] == files[1] and len(files[0]) >= 6
 
 
 def uplink(method: str, folder: Path) -> int:
@@ -144,12 +184,15 @@ def test_centralised_training_takes_everyones_steps_on_everyones_data(tmp_path: 
         ({"method": "local-only", "aggregation.robust": "krum"}, "aggregation.robust = 'krum'"),
         ({"aggregation.robust": "krum"}, "needs 2f + 3"),
         ({"method": "scaffold", "aggregation.layer-wise": "true"}, "aggregation.layer-wise = true"),
-        ({"method": "ffa-lora", "lora.init": "."}, "lora.init"),
+        ({"method": "local-only", "lora.init": "START"}, "lora.init = "),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_start(changes: dict[str, str], told: str, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    options = [f"--set={key}={value}" for key, value in changes.items()]
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "adapter_model.safetensors").touch()
+    options = [f"--set={key}={str(start) if value == 'START' else value}" for key, value in changes.items()]
     ended = command("run", "--engine", "in-process", "--clients", "2", "--output", output, *options)
     assert ended.status == 2 and told in ended.err, ended.err
     assert not output.exists()
@@ -166,3 +209,44 @@ def test_robust_rules_in_a_run(rule: str, tmp_path: Path) -> None:
 def test_layer_wise_aggregation_in_a_run(tmp_path: Path) -> None:
     found = federate(config(tmp_path / "run", "fedgen-edge", aggregation__layer_wise=True))
     assert found["final"]["metrics"]["word_perplexity"] < 0.99 * found["frozen"]["word_perplexity"]
+
+
+def test_the_digest_of_the_result_covers_the_residual(tmp_path: Path) -> None:
+    """FLoRA's adapter starts afresh in every round: what was learnt lies in the residual alone."""
+    digests = set()
+    for rate in (1e-3, 5e-3):
+        folder = tmp_path / str(rate)
+        changes: dict[str, Value] = {"num_server_rounds": 1, "personal__epochs": 0, "samples__count": 0}
+        digests.add(federate(config(folder, "flora", learning_rate=rate, **changes))["adapter"]["sha256"])
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "told", "peft"),
+    [("fedgen-edge", "averaging of LoRA adapters", True), ("fedavg-full", "averaging of all weights", False)]
+    + [("centralized", "no federation", True)],
+)
+def test_the_card_says_how_the_model_was_made(method: str, told: str, peft: bool, tmp_path: Path) -> None:
+    federate(config(tmp_path / "run", method, num_server_rounds=1, personal__epochs=0, samples__count=0))
+    card = (tmp_path / "run/global/README.md").read_text()
+    assert told in card and ("library_name: peft" in card) is peft and ("tags: [lora," in card) is peft
+
+
+def test_a_rounds_sample_of_a_client_is_of_the_model_that_it_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the residual that it received: the next one holds its own share already."""
+    write, beside = adapters.write, {}
+
+    def watched(model: Any, adapter: Any, residual: Any = None) -> None:
+        beside[digest(adapter)] = digest(residual or {})
+        write(model, adapter, residual)
+
+    monkeypatch.setattr(adapters, "write", watched)
+    sampled = tmp_path / "sampled"
+    federate(config(sampled, "flora", num_server_rounds=2, personal__epochs=0, samples__every=1))
+    for number in (1, 2):
+        before = sampled / f"checkpoints/round-{number - 1:04d}/residual.safetensors"
+        wanted = digest(load_file(before)) if number > 1 else digest({})
+        trained = client_states(sampled, number)[0]
+        assert beside[digest(trained)] == wanted

@@ -474,12 +474,6 @@ def refusals(name: str, **overrides: str) -> list[str]:
     return list(load_method(name).refuses(settings(method=name, **overrides)))
 
 
-def test_ffa_refuses_a_start_that_only_the_server_has() -> None:
-    (reason,) = refusals("ffa-lora", lora__init="folder")
-    assert "lora.init = 'folder'" in reason and "ffa-lora" in reason
-    assert not refusals("ffa-lora") and not refusals("fedsvd", lora__init="folder")
-
-
 @pytest.mark.parametrize(
     ("name", "guard", "fits"),
     [

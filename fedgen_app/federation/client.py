@@ -18,7 +18,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from fedgen_app.errors import DataError, FedgenError, SettingsError
 from fedgen_app.federation import wire
 from fedgen_app.federation.local import Lesson, fine_tune, plain
-from fedgen_app.federation.method import ClientId, Lora, Method, Round, weighted_mean
+from fedgen_app.federation.method import ClientId, Lora, Method, Round, weighted_mean, whole_adapter
 from fedgen_app.federation.robust import FACTOR_RULES
 from fedgen_app.federation.roster import parse_client
 from fedgen_app.learning import adapters, training
@@ -71,6 +71,11 @@ def check_method(settings: Settings) -> Method:
         objections.append(
             f"aggregation.layer-wise = true: aggregation.robust = {settings.aggregation.robust!r} leaves one update, "
             "which agrees with itself; take one of the two"
+        )
+    if settings.lora.init and (method.sends is not whole_adapter or method.weights == "model"):
+        objections.append(
+            f"lora.init = {settings.lora.init!r}: with method = {settings.method} clients do not start from an adapter "
+            "that the server sends whole; what is not sent they draw from the seed"
         )
     if settings.lora.ranks and method.fit is None and set(settings.lora.ranks) != {settings.lora.rank}:
         objections.append(
@@ -180,6 +185,8 @@ class Participant:
             DataError: its memory is too small.
         """
         largest = self.settings.lora.rank
+        if not any(".lora_" in key for key, _ in backbone.layout):  # all weights learn
+            return largest
         if self.rank or not self.memory:
             return min(self.rank or largest, largest)
         held = backbone.parameters * backbone.dtype.itemsize

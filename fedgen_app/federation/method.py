@@ -103,7 +103,8 @@ def weighted_mean(state: GlobalState, updates: Sequence[Update], round_: Round) 
     return GlobalState(state.adapter | mean, state.residual, state.extra)
 
 
-def _whole_adapter(state: GlobalState, round_: Round) -> Adapter:
+def whole_adapter(state: GlobalState, round_: Round) -> Adapter:
+    """All of the server's adapter goes down."""
     return state.adapter
 
 
@@ -147,7 +148,7 @@ class Method:
     """
 
     rule: Rule = weighted_mean
-    sends: Callable[[GlobalState, Round], Adapter] = _whole_adapter
+    sends: Callable[[GlobalState, Round], Adapter] = whole_adapter
     sends_extra: Callable[[GlobalState, Round], Adapter] = _nothing
     shares: Callable[[str, Round], bool] = _every_key
     shares_extra: Callable[[Layout, Round], Layout] = _no_extra

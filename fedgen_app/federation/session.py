@@ -52,7 +52,7 @@ class Session:
         self.folder = folder
         self.checkpoint = checkpoint
         self.completed = False
-        self.groups = Groups.single(GlobalState({}))
+        self.groups = Groups.single(GlobalState({}))  # after the last round that was saved
         self._kinds: Mapping[ClientId, str] = {}
         self.unplaced: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = list(checkpoint.facts["history"]) if checkpoint else []
@@ -163,6 +163,7 @@ class Session:
         if every and number % every == 0 and self.settings.samples.count:
             target, own = self.folder.path / "samples" / f"round-{number:04d}", f"state/round-{number:04d}.safetensors"
             self._sample(target, groups, history[-1]["clients"], own)
+        self.groups = groups
 
     def keep_personal(self, entries: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
         """The clients' own metrics, and who could not be used."""
@@ -235,7 +236,9 @@ class Session:
             clients = [entry["client"] for entry in self.results["personal"]]
             self._sample(path / "samples", groups, clients, "")
         self.results["status"] = "completed"
-        self.results["adapter"]["sha256"] = adapters.digest(groups.shared.adapter)
+        state = groups.shared
+        residual = {f"residual/{key}": tensor for key, tensor in state.residual.items()}
+        self.results["adapter"]["sha256"] = adapters.digest(state.adapter | residual)
         self.folder.write_results(self.results)
         self.event("end", status="completed", reason="")
 
@@ -243,7 +246,7 @@ class Session:
         self, folder: Path, title: str, state: GlobalState, facts: Mapping[str, str], measured: Mapping[str, Metrics]
     ) -> None:
         task, backbone = self._task, self._backbone
-        note = "Trained by federated averaging of LoRA adapters: the data stayed on the clients."
+        note = _origin(self._method)
         whole = merged(state.adapter, state.residual, lambda rank: lora_of(self.settings).at(rank).scaling)
         rows = {**facts, **shape_row(self.settings, whole)}
         usage = usage_of(task, self.settings, backbone)
@@ -290,5 +293,15 @@ class Session:
             folder = self.folder.path / "clients" / str(client)
             file = folder / own if own else exported_file(folder)
             if file.exists():  # on a device a client's adapters are not here
-                draw(f"client-{client}", load_kept(file).adapter, groups.state_of(client).residual if own else None)
+                # Of a round: with the residual that the client trained beside; the next one holds its share already.
+                draw(
+                    f"client-{client}", load_kept(file).adapter, self.groups.state_of(client).residual if own else None
+                )
         task.save_samples(target, samples)
+
+
+def _origin(method: Method) -> str:
+    if method.pooled:
+        return "Trained in one place on the data of all simulated clients: no federation, a reference for one."
+    what = "all weights" if method.weights == "model" else "LoRA adapters"
+    return f"Trained by federated averaging of {what}: the data stayed on the clients."

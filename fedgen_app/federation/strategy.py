@@ -92,7 +92,7 @@ class FedLora(Strategy):
         self.save = save
         self.report = report
         self._nodes: dict[int, ClientId] = {}
-        self._downlink = 0
+        self._deadline, self._downlink = settings.round.deadline, 0
 
     @property
     def state(self) -> GlobalState:
@@ -169,7 +169,7 @@ class FedLora(Strategy):
 
     def _patience(self) -> Patience:
         waiting = self.settings.round
-        return Patience(waiting.deadline, waiting.quorum, waiting.grace)
+        return Patience(self._deadline, waiting.quorum, waiting.grace)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         return lambda done, of: self.report("reply", what=what, done=done, of=of)
@@ -273,7 +273,7 @@ class FedLora(Strategy):
             )
             for node, client in self._nodes.items()
         ]
-        self._downlink = sum(wire.byte_size(m) for m in messages)
+        self._deadline, self._downlink = deadline, sum(wire.byte_size(m) for m in messages)
         return messages
 
     def _admit(self, number: int, replies: Replies) -> Outcome:

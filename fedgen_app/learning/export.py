@@ -127,12 +127,13 @@ def card(
     usage: Sequence[str],
 ) -> str:
     """A Hugging Face model card: how the adapter was made, what it measured, how to load it."""
+    whole = isinstance(backbone.model, WholeModel)
     header = [
         "---",
-        "library_name: peft",
+        *([] if whole else ["library_name: peft"]),
         f"base_model: {backbone.reference}",
         *([f"license: {backbone.license}"] if " " not in backbone.license else []),
-        "tags: [lora, federated-learning, fedgen-edge]",
+        f"tags: [{'' if whole else 'lora, '}federated-learning, fedgen-edge]",
         "---",
     ]
     rows = {

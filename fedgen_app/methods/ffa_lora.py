@@ -5,11 +5,8 @@ With one A for all, the mean of the products is the product of the mean: exact, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from fedgen_app.federation.method import GlobalState, Method, Round
 from fedgen_app.learning.adapters import Adapter
-from fedgen_app.settings import Settings
 
 
 def is_b(key: str, round_: Round) -> bool:
@@ -22,13 +19,4 @@ def factors_b(state: GlobalState, round_: Round) -> Adapter:
     return {key: tensor for key, tensor in state.adapter.items() if is_b(key, round_)}
 
 
-def refuses(settings: Settings) -> Iterable[str]:
-    """An A that only the server has."""
-    if settings.lora.init:
-        yield (
-            f"lora.init = {settings.lora.init!r}: with method = ffa-lora A is never sent, it is drawn from the seed on "
-            "every client; fedsvd trains B alone and sends both"
-        )
-
-
-METHOD = Method(sends=factors_b, shares=is_b, trains=is_b, refuses=refuses)
+METHOD = Method(sends=factors_b, shares=is_b, trains=is_b)
