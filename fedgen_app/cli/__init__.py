@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from fedgen_app.cli import generate, presets, reproduce, resume, run, sweep
+from fedgen_app.cli import generate, presets, provision, reproduce, resume, run, sweep
 from fedgen_app.errors import FedgenError
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app.command("resume")(resume.resume)
 app.command("generate")(generate.generate)
 app.command("sweep")(sweep.sweep)
 app.command("reproduce")(reproduce.reproduce)
+app.command("provision")(provision.provision)
+app.command("register")(provision.register)
 app.command("presets")(presets.presets)
 
 
