@@ -9,22 +9,25 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgen_app.federation import wire
-from fedgen_app.federation.client import Participant, Work, guarded, load_method, personal_plan, round_plan
+from fedgen_app.federation.client import Participant, Work, guarded, personal_plan, round_plan
+from fedgen_app.federation.consent import check_plans, policed
 from fedgen_app.learning import adapters
-from fedgen_app.learning.backbone import load_task, open_backbone
+from fedgen_app.learning.backbone import load_task
 from fedgen_app.learning.task import Metrics
 from fedgen_app.runs.personal import Kept
 from fedgen_app.runs.progress import step_bar
 
-app = ClientApp(mods=[guarded])
+app = ClientApp(mods=[guarded, policed])
 
 
 @app.query("roll_call")
 def roll_call(message: Message, context: Context) -> Message:
     """Say who is here: id, number of examples, fingerprint of the backbone, versions."""
     me = Participant.from_context(context)
-    backbone = open_backbone(me.settings, me.backbone, load_method(me.settings.method).weights)
+    backbone = me.open_backbone()
     data = load_task(me.settings.task).load_data(me.settings, backbone, me.share)
+    plans = round_plan(me.settings, 1, me.client, backbone.dtype), personal_plan(me.settings, me.client, backbone.dtype)
+    check_plans(me.policy, len(data.train), *plans)
     facts: dict[str, int | float | str] = {
         "client": str(me.client),
         "num-examples": len(data.train),

@@ -17,8 +17,10 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from fedgen_app.errors import DataError, FedgenError, SettingsError
 from fedgen_app.federation import wire
+from fedgen_app.federation.consent import check_plans, policy_of
 from fedgen_app.federation.local import Lesson, fine_tune, plain
 from fedgen_app.federation.method import ClientId, Lora, Method, Round, weighted_mean
+from fedgen_app.federation.policy import Policy
 from fedgen_app.federation.roster import parse_client
 from fedgen_app.learning import adapters, training
 from fedgen_app.learning.adapters import Adapter
@@ -120,6 +122,7 @@ class Participant:
     state: Path | None
     rank: int = 0
     memory: int = 0
+    policy: Policy = Policy()
 
     @classmethod
     def from_context(cls, context: Context) -> Participant:
@@ -127,6 +130,7 @@ class Participant:
 
         Raises:
             SettingsError: the run's settings or the node's are wrong.
+            PolicyError: the node's policy cannot be read.
         """
         settings, node = Settings.from_run_config(context.run_config), context.node_config
         if "partition-id" in node and "data" not in node:
@@ -140,7 +144,18 @@ class Participant:
             raise SettingsError(f"node config: {error}; a device needs client-id and data") from None
         state = Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser()
         backbone = str(node.get("backbone", ""))
-        return cls(client, settings, Share(folder=data), 0, backbone, state, rank, memory)
+        return cls(client, settings, Share(folder=data), 0, backbone, state, rank, memory, policy_of(node))
+
+    def open_backbone(self) -> Backbone:
+        """The backbone that this client trains on.
+
+        Raises:
+            PolicyError: it is not one that the device allows.
+        """
+        self.policy.check_source(self.backbone, self.settings.backbone)
+        backbone = open_backbone(self.settings, self.backbone, load_method(self.settings.method).weights)
+        self.policy.check_backbone(backbone.fingerprint)
+        return backbone
 
     def rank_for(self, backbone: Backbone) -> int:
         """Of this client's adapter: what its node config says, or what its memory carries; at most ``lora.rank``.
@@ -233,7 +248,7 @@ class Work:
         me = Participant.from_context(context)
         settings, order = me.settings, Assignment.from_message(message, me.settings)
         task, method = load_task(settings.task), load_method(settings.method)
-        backbone = open_backbone(settings, me.backbone, method.weights)
+        backbone = me.open_backbone()
         data = task.load_data(settings, backbone, replace(me.share, pooled=order.steps > 0))
         store = PersonalStore(me.folder(order.run_name), settings.keep_checkpoints + 1)
         seed = derive(settings.seed, "round", order.number)
@@ -251,7 +266,12 @@ class Work:
         return cls(me, order, task, method, backbone, data, store, round_, rank, kept, start)
 
     def lesson(self, plan: Plan, on_step: Callable[[int, int], None]) -> Lesson:
-        """What the method's procedures are given; the model holds the start."""
+        """What the method's procedures are given; the model holds the start.
+
+        Raises:
+            PolicyError: the plan is more than the device allows.
+        """
+        check_plans(self.me.policy, len(self.data.train), plan)
         adapters.write(self.backbone.model, self.start, self.order.received.residual)
         return Lesson(
             model=self.backbone.model,

@@ -187,8 +187,8 @@ def _place(parent: Path, name: str, files: render.Files, inside: str) -> bool:
 
 def _put(file: Path, content: bytes, mode: int) -> bool:
     """Whether the file had to be written."""
-    if not file.parent.is_dir():
-        file.parent.mkdir(parents=True, mode=0o700)
+    for folder in reversed(file.parents):
+        folder.mkdir(exist_ok=True, mode=0o700)
     if new := not (file.exists() and file.read_bytes() == content):
         write_atomic(file, content)  # which makes it readable for its owner alone
     os.chmod(file, mode)
