@@ -380,6 +380,16 @@ def test_systemd_takes_the_units(made: Path, tmp_path: Path) -> None:
         assert mine == [], ended.stderr
 
 
+def test_a_device_that_left_is_not_installed_again_from_an_older_archive(tmp_path: Path) -> None:
+    made = local_fleet(tmp_path)
+    assert install(made, "server", tmp_path / "unpacked", "--files-only").returncode == 0
+    again(made, (tmp_path / "fleet.toml").read_text().replace('id = "ward-7"', 'id = "ward-8"'))
+    assert install(made, "server", tmp_path / "unpacked", "--files-only").returncode == 0
+    assert (tmp_path / "unpacked" / "fedgen-server" / "devices" / "ward-7.pub").exists()
+    there = sorted(path.name for path in (tmp_path / "etc" / "server" / "devices").iterdir())
+    assert there == ["12.pub", "ward-8.pub"]
+
+
 def content(made: Path, relative: str) -> bytes:
     return (made / relative).read_bytes()
 

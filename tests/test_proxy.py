@@ -6,9 +6,7 @@ import contextlib
 import http.client
 import os
 import shutil
-import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleets import NGINX, nginx
 from helpers import command
 
 from fedgen_app.engines.keeper import free_port
 
-NGINX = os.environ.get("FEDGEN_NGINX") or shutil.which("nginx")
 pytestmark = pytest.mark.skipif(not NGINX, reason="no nginx here (FEDGEN_NGINX names one)")
 
 
@@ -53,16 +51,6 @@ def fleet(folder: Path, operators: str) -> Iterator[int]:
     (folder / "fleet.toml").write_text(text + paths + '[[device]]\nid = "a"\ndata = "/d"\n')
     assert command("provision", folder / "fleet.toml", "--output", folder / "out").status == 0
     shutil.copytree(folder / "out" / "server", folder / "etc" / "server")
-    conf = (folder / "etc" / "server" / "nginx.conf").read_text()
-    if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
-        conf = "\n".join(line for line in conf.splitlines() if "listen [::]" not in line)
-    temporary = "".join(
-        f"{kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    (folder / "nginx.conf").write_text(
-        f"daemon off; pid {folder}/pid; error_log {folder}/error.log;\nevents {{}}\n"
-        f"http {{ access_log off;\n{temporary}{conf}\n}}\n"
-    )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "etc" / "server" / "server.crt", folder / "etc" / "server" / "server.key")
     server = ThreadingHTTPServer(("127.0.0.1", behind), Behind)
@@ -70,19 +58,10 @@ def fleet(folder: Path, operators: str) -> Iterator[int]:
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
-    assert NGINX
-    nginx = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "nginx.conf"], stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            assert nginx.poll() is None and time.monotonic() < deadline, (folder / "error.log").read_text()
-            time.sleep(0.05)
-        yield port
+        with nginx(folder, folder / "etc" / "server" / "nginx.conf", port):
+            yield port
     finally:
-        nginx.terminate()
-        nginx.wait()
         server.shutdown()
         server.server_close()
         thread.join()

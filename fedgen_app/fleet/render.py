@@ -127,6 +127,7 @@ def server_files(fleet: Fleet, secrets: Mapping[str, bytes], public_keys: Mappin
     """
     values = _common(fleet) | {"programs": "flower-superlink flower-superexec flwr-serverapp flwr fedgen"}
     values |= {"port": fleet.server.port, "names": " ".join(_nginx_name(host) for host in fleet.server.hosts)}
+    values["devices"] = " ".join(public_keys)
     values["proxy"] = _template("install-proxy.sh", values) if fleet.server.proxy else ""
     files = {
         "ca.crt": File(secrets["ca.crt"], PUBLIC),

@@ -18,7 +18,8 @@ place 0600 superexec.secret "$target/superexec.secret"
 place 0755 superlink.sh "$target/superlink.sh"
 place 0755 superexec.sh "$target/superexec.sh"
 place 0600 config.toml "@{state}/server/flower/config.toml"
-for key in "$here"/devices/*.pub; do place 0644 "devices/$(basename "$key")" "$target/devices/$(basename "$key")"; done
+# By name: where this was unpacked over an older archive, keys of devices that left lie here too.
+for device in @{devices}; do place 0644 "devices/$device.pub" "$target/devices/$device.pub"; done
 say "ok: files in $target"
 
 if [ "$files_only" = no ]; then
