@@ -9,23 +9,25 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgen_app.federation import requirement, wire
-from fedgen_app.federation.client import Participant, Work, guarded, load_method, personal_plan, round_plan
+from fedgen_app.federation.client import Participant, Work, guarded, personal_plan, round_plan
+from fedgen_app.federation.consent import check_plans, policed
 from fedgen_app.learning import adapters
-from fedgen_app.learning.backbone import load_task, open_backbone
+from fedgen_app.learning.backbone import load_task
 from fedgen_app.learning.task import Metrics
 from fedgen_app.runs.personal import Kept
 from fedgen_app.runs.progress import step_bar
 
-app = ClientApp(mods=[guarded])
+app = ClientApp(mods=[guarded, policed])
 
 
 @app.query("roll_call")
 def roll_call(message: Message, context: Context) -> Message:
     """Say who is here: id, number of examples, fingerprint of the backbone, versions; where asked what it wants."""
     me = Participant.from_context(context)
-    backbone = open_backbone(me.settings, me.backbone, load_method(me.settings.method).weights)
-    task = load_task(me.settings.task)
+    backbone, task = me.open_backbone(), load_task(me.settings.task)
     data = task.load_data(me.settings, backbone, me.share)
+    plans = round_plan(me.settings, 1, me.client, backbone.dtype), personal_plan(me.settings, me.client, backbone.dtype)
+    check_plans(me.policy, len(data.train), *plans)
     facts: dict[str, int | float | str | list[float]] = {
         "client": str(me.client),
         "num-examples": len(data.train),

@@ -35,6 +35,34 @@ def write_atomic(file: Path, data: bytes) -> None:
     _sync_folder(file.parent)
 
 
+def sync_tree(folder: Path) -> None:
+    """Have every file and folder below ``folder``, and itself, on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        elif path.is_dir():
+            _sync_folder(path)
+
+
+def move_in(building: Path, folder: Path) -> None:
+    """Let a folder beside ``folder`` take its place; what was there is removed once the new one stands."""
+    if folder.exists():
+        retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+        try:
+            os.replace(folder, retired / folder.name)
+            os.replace(building, folder)
+        except BaseException:
+            if not folder.exists():
+                os.replace(retired / folder.name, folder)
+            retired.rmdir()
+            raise
+        shutil.rmtree(retired)
+    else:
+        os.replace(building, folder)
+    _sync_folder(folder.parent)
+
+
 @contextlib.contextmanager
 def folder_atomic(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its place when the block ends well."""
@@ -42,28 +70,12 @@ def folder_atomic(folder: Path) -> Iterator[Path]:
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         yield building
-        for path in building.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as stream:
-                    os.fsync(stream.fileno())
+        sync_tree(building)
         building.chmod(0o755)
-        if folder.exists():
-            retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-            try:
-                os.replace(folder, retired / folder.name)
-                os.replace(building, folder)
-            except BaseException:
-                if not folder.exists():
-                    os.replace(retired / folder.name, folder)
-                retired.rmdir()
-                raise
-            shutil.rmtree(retired)
-        else:
-            os.replace(building, folder)
+        move_in(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    _sync_folder(folder.parent)
 
 
 def to_json(value: object) -> bytes:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from fedgen_app.cli import audit_prompts, generate, presets, reproduce, resume, run, sweep
+from fedgen_app.cli import audit_prompts, backbone, generate, presets, provision, reproduce, resume, run, sweep
 from fedgen_app.errors import FedgenError
 
 app = typer.Typer(
@@ -22,6 +22,9 @@ app.command("generate")(generate.generate)
 app.command("audit-prompts")(audit_prompts.audit_prompts)
 app.command("sweep")(sweep.sweep)
 app.command("reproduce")(reproduce.reproduce)
+app.command("provision")(provision.provision)
+app.command("register")(provision.register)
+app.add_typer(backbone.app, name="backbone")
 app.command("presets")(presets.presets)
 
 

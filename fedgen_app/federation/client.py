@@ -17,8 +17,10 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from fedgen_app.errors import DataError, FedgenError, SettingsError
 from fedgen_app.federation import wire
+from fedgen_app.federation.consent import check_plans, policy_of
 from fedgen_app.federation.local import Lesson, fine_tune, plain
 from fedgen_app.federation.method import ClientId, Lora, Method, Round, weighted_mean, whole_adapter
+from fedgen_app.federation.policy import Policy
 from fedgen_app.federation.robust import FACTOR_RULES
 from fedgen_app.federation.roster import parse_client
 from fedgen_app.learning import adapters, training
@@ -150,6 +152,7 @@ class Participant:
     encoder: str = ""
     key: Path | None = None
     noise: float = 0.0
+    policy: Policy = Policy()
 
     @classmethod
     def from_context(cls, context: Context) -> Participant:
@@ -157,6 +160,7 @@ class Participant:
 
         Raises:
             SettingsError: the run's settings or the node's are wrong.
+            PolicyError: the node's policy cannot be read.
         """
         settings, node = Settings.from_run_config(context.run_config), context.node_config
         if "partition-id" in node and "data" not in node:
@@ -176,7 +180,19 @@ class Participant:
         backbone, encoder = str(node.get("backbone", "")), str(node.get("cluster-encoder", ""))
         key = Path(str(node["cluster-key"])) if "cluster-key" in node else None  # never the server's own setting
         share = Share(folder=data, prompts=str(node.get("prompts", "")))
-        return cls(client, settings, share, 0, backbone, state, rank, memory, encoder, key, noise)
+        policy = policy_of(node)
+        return cls(client, settings, share, 0, backbone, state, rank, memory, encoder, key, noise, policy)
+
+    def open_backbone(self) -> Backbone:
+        """The backbone that this client trains on.
+
+        Raises:
+            PolicyError: it is not one that the device allows.
+        """
+        self.policy.check_source(self.backbone, self.settings.backbone)
+        backbone = open_backbone(self.settings, self.backbone, load_method(self.settings.method).weights)
+        self.policy.check_backbone(backbone.fingerprint)
+        return backbone
 
     def rank_for(self, backbone: Backbone) -> int:
         """Of this client's adapter: what its node config says, or what its memory carries; at most ``lora.rank``.
@@ -276,7 +292,7 @@ class Work:
         me = Participant.from_context(context)
         settings, order = me.settings, Assignment.from_message(message, me.settings)
         task, method = load_task(settings.task), load_method(settings.method)
-        backbone = open_backbone(settings, me.backbone, method.weights)
+        backbone = me.open_backbone()
         data = task.load_data(settings, backbone, replace(me.share, pooled=order.steps > 0))
         store = PersonalStore(me.folder(order.run_name), settings.keep_checkpoints + 1)
         seed = derive(settings.seed, "round", order.number)
@@ -303,7 +319,12 @@ class Work:
         return cls(me, order, task, method, backbone, data, store, round_, rank, kept, start, facts)
 
     def lesson(self, plan: Plan, on_step: Callable[[int, int], None]) -> Lesson:
-        """What the method's procedures are given; the model holds the start."""
+        """What the method's procedures are given; the model holds the start.
+
+        Raises:
+            PolicyError: the plan is more than the device allows.
+        """
+        check_plans(self.me.policy, len(self.data.train), plan)
         adapters.write(self.backbone.model, self.start, self.order.received.residual)
         return Lesson(
             model=self.backbone.model,

@@ -1,0 +1,66 @@
+"""What an install script asks: ``python -m fedgen_app.fleet.checks server HOST:PORT CA`` or ``... policy FILE``."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedgen_app.errors import FedgenError, RunError
+from fedgen_app.federation.policy import Policy
+
+TIMEOUT = 10.0  # seconds
+
+
+def split(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port``, IPv6 in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def server_days_left(address: str, ca: Path) -> int:
+    """Whole days that the certificate of a server is still valid, after a TLS handshake that checks it.
+
+    Raises:
+        RunError: it cannot be reached, or its certificate is not for it or not of this authority.
+    """
+    host, port = split(address)
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+        with (
+            socket.create_connection((host, port), TIMEOUT) as plain,
+            context.wrap_socket(plain, server_hostname=host) as tls,
+        ):
+            certificate = tls.getpeercert()
+    except ssl.SSLCertVerificationError as error:
+        raise RunError(
+            f"{address}: its certificate is refused: {error.verify_message}. Is this device's clock right (it says "
+            f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC)? Are server and device of one `fedgen provision`?"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{address}: cannot be reached: {error}") from None
+    ends = ssl.cert_time_to_seconds(str((certificate or {})["notAfter"]))
+    return int((ends - datetime.now(UTC).timestamp()) // 86400)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0: as it should be; 1: the reason is on standard error."""
+    try:
+        match arguments:
+            case ["server", address, ca]:
+                print(f"ok: {address} answers, its certificate is valid for {server_days_left(address, Path(ca))} days")
+            case ["policy", file]:
+                Policy.read(Path(file))
+                print(f"ok: {file}")
+            case _:
+                raise RunError("arguments: server HOST:PORT CA, or policy FILE")
+    except FedgenError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

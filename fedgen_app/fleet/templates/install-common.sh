@@ -1,0 +1,63 @@
+say() { printf '%s\n' "$*"; }
+die() { printf 'install.sh: %s\n' "$*" >&2; exit 1; }
+
+files_only=no offline=no
+for argument in "$@"; do
+    case "$argument" in
+        --files-only) files_only=yes ;;
+        --offline) offline=yes ;;
+        *) die "$argument: no such option; --files-only places files without user and services, --offline does not try the server" ;;
+    esac
+done
+
+here=$(cd "$(dirname "$0")" && pwd)
+environment="@{environment}" user="@{user}"
+if [ "$files_only" = no ]; then
+    [ "$(id -u)" = 0 ] || die "has to be run as root (or with --files-only)"
+    for tool in systemctl useradd runuser; do
+        command -v "$tool" >/dev/null || die "$tool is missing: this needs a Linux with systemd"
+    done
+fi
+command -v install >/dev/null || die "install is missing: it is part of coreutils"
+
+python="$environment/bin/python"
+[ -x "$python" ] || die "$python is not there; make it: python3 -m venv $environment && $environment/bin/pip install 'fedgen-edge==@{version}'"
+found=$("$python" -c 'from importlib.metadata import version; print(version("fedgen-edge"))' 2>/dev/null) ||
+    die "fedgen-edge is not installed in $environment: $environment/bin/pip install 'fedgen-edge==@{version}'"
+[ "$found" = "@{version}" ] || die "$environment has fedgen-edge $found, the fleet has @{version}: $environment/bin/pip install 'fedgen-edge==@{version}'"
+for program in @{programs}; do
+    [ -x "$environment/bin/$program" ] || die "$environment/bin/$program is missing; install fedgen-edge there again"
+done
+say "ok: fedgen-edge $found in $environment"
+
+make_user() {
+    if [ "$files_only" = yes ]; then return; fi
+    if ! id "$user" >/dev/null 2>&1; then
+        useradd --system --user-group --home-dir "@{state}" --shell /usr/sbin/nologin "$user" || die "cannot add the user $user"
+    fi
+    for group in video render; do  # GPUs of small devices
+        if getent group "$group" >/dev/null; then usermod --append --groups "$group" "$user"; fi
+    done
+    say "ok: user $user"
+}
+
+folder() {  # folder MODE PATH
+    if [ "$files_only" = yes ]; then install -d -m "$1" "$2"; else install -d -m "$1" -o "$user" -g "$user" "$2"; fi ||
+        die "$2 cannot be made"
+}
+
+place() {  # place MODE FILE PATH
+    [ -f "$here/$2" ] || die "$here/$2 is missing: the archive is not complete"
+    if [ "$files_only" = yes ]; then install -m "$1" "$here/$2" "$3"; else install -m "$1" -o "$user" -g "$user" "$here/$2" "$3"; fi ||
+        die "$3 cannot be written"
+    cmp -s "$here/$2" "$3" || die "$3 is not what was written; is the disk full?"
+}
+
+serve() {  # serve NAME
+    install -m 0644 "$here/$1.service" "/etc/systemd/system/$1.service" || die "the service $1 cannot be installed"
+    systemctl daemon-reload || die "systemctl daemon-reload failed"
+    systemctl enable "$1" || die "the service $1 cannot be enabled"
+    systemctl restart "$1" || die "the service $1 does not start: journalctl -u $1"
+    for _ in 1 2 3 4 5; do sleep 1; systemctl is-active --quiet "$1" || die "the service $1 ended: journalctl -u $1"; done
+    say "ok: service $1 runs"
+}

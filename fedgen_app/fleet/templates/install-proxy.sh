@@ -1,0 +1,8 @@
+    command -v nginx >/dev/null || die "nginx is missing, without which no device reaches the SuperLink: apt install nginx"
+    [ -d /etc/nginx/conf.d ] || die "/etc/nginx/conf.d is not there; put $here/nginx.conf where nginx reads it"
+    install -m 0644 "$here/nginx.conf" /etc/nginx/conf.d/fedgen-@{name}.conf || die "nginx's configuration cannot be written"
+    nginx -t || die "nginx refuses /etc/nginx/conf.d/fedgen-@{name}.conf, see above"
+    systemctl enable --now nginx || die "nginx does not start: journalctl -u nginx"
+    systemctl reload nginx || die "nginx cannot be reloaded: journalctl -u nginx"
+    say "ok: nginx passes the fleet API on port @{port}"
+    "$python" -m fedgen_app.fleet.checks server "127.0.0.1:@{port}" "$target/ca.crt" || die "nginx does not answer as it should"

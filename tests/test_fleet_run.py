@@ -1,0 +1,154 @@
+"""A provisioned fleet with real Flower: TLS, node authentication, a run, a device that has no key, one that leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from fleets import NGINX, nginx
+from helpers import FEDGEN, ROOT, command, results, tiny_data, tiny_model, tiny_overrides, write_records
+
+from fedgen_app.engines.keeper import end_processes, free_port
+
+MARKER = "FEDGEN_SIMULATION"
+
+
+def fleet_file(folder: Path, devices: tuple[str, ...], ports: tuple[int, int]) -> Path:
+    """Devices on this machine, behind nginx where there is one."""
+    proxy = f"port = {ports[0]}\nsuperlink-port = {ports[1]}\nproxy = {str(bool(NGINX)).lower()}\n"
+    paths = f"config = '{folder}/etc'\nstate = '{folder}/var'\nenvironment = '{Path(sys.executable).parents[1]}'\n"
+    text = f"name = 'clinic'\n[server]\nhosts = ['localhost']\n{proxy}[paths]\n{paths}"
+    for device in devices:
+        data = folder / "data" / device
+        data.mkdir(parents=True, exist_ok=True)
+        write_records(data / "train.jsonl", {"sea": 12, "law": 8}, seed=len(device))
+        text += f"[[device]]\nid = '{device}'\ndata = '{data}'\nbackbone = '{tiny_model()}'\nport = {free_port()}\n"
+    (folder / "fleet.toml").write_text(text, encoding="utf-8")
+    return folder / "fleet.toml"
+
+
+def install(folder: Path, machine: str) -> None:
+    archive = folder / "out" / ("server.tar" if machine == "server" else f"devices/{machine}.tar")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder / "unpacked", filter="data")
+    script = folder / "unpacked" / f"fedgen-{machine}" / "install.sh"
+    offline = [] if machine == "server" else ["--offline"]
+    ended = subprocess.run([script, "--files-only", *offline], capture_output=True, text=True, env=environment(folder))
+    assert ended.returncode == 0, ended.stderr
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "FLWR_HOME": str(folder / "var" / "server" / "flower"),
+        "OMP_NUM_THREADS": "1",
+        MARKER: str(folder),
+    }
+
+
+@contextmanager
+def service(folder: Path, script: str) -> Iterator[subprocess.Popen[bytes]]:
+    """What a unit starts, without systemd; ended as systemd ends it."""
+    path = folder / "etc" / script
+    with (folder / f"{path.parent.name}-{path.stem}.log").open("wb") as log:
+        process = subprocess.Popen([path], stdout=log, stderr=log, env=environment(folder), start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        logs = {log.name: log.read_text(errors="replace")[-1500:] for log in folder.glob("*.log")}
+        assert time.monotonic() < deadline, logs
+        time.sleep(0.3)
+
+
+def listening(port: int) -> bool:
+    return any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in psutil.net_connections("tcp"))
+
+
+def fedgen(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [FEDGEN, *map(str, arguments)], capture_output=True, text=True, env=environment(folder), timeout=600
+    )
+
+
+@pytest.mark.slow
+def test_a_provisioned_fleet_runs(tmp_path: Path) -> None:
+    ports, devices = (free_port(), free_port()), ("ward-7", "ward-8")
+    made = command("provision", fleet_file(tmp_path, devices, ports), "--output", tmp_path / "out")
+    assert made.status == 0, made.err
+    for machine in ("server", *devices):
+        install(tmp_path, machine)
+    (tmp_path / "etc" / "ward-8" / "policy.toml").write_text("max-epochs = 0\n")
+    server = tmp_path / "etc" / "server"
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(service(tmp_path, "server/superlink.sh"))
+            until(lambda: listening(ports[1]), 120, tmp_path)
+            stack.enter_context(service(tmp_path, "server/superexec.sh"))
+            if NGINX:
+                (tmp_path / "nginx").mkdir()
+                stack.enter_context(nginx(tmp_path / "nginx", tmp_path / "out" / "server" / "nginx.conf", ports[0]))
+            ended = fedgen(tmp_path, "register", server, "--superlink", "clinic")
+            assert ended.returncode == 0, ended.stderr
+            assert ended.stdout.splitlines() == ["registered ward-7", "registered ward-8"]
+            assert "nothing to do" in fedgen(tmp_path, "register", server, "--superlink", "clinic").stdout
+            for device in devices:
+                stack.enter_context(service(tmp_path, f"{device}/supernode.sh"))
+            check_run(tmp_path)
+            check_leaving(tmp_path, ports)
+    finally:
+        end_processes(tmp_path)
+
+
+def check_run(folder: Path) -> None:
+    """The run completes with the device that agrees; what it keeps lies in its own state."""
+    overrides = tiny_overrides(folder / "run") | {"dataset": str(tiny_data()), "num-server-rounds": 1}
+    overrides |= {"expected-clients": 2, "partition.by": "auto", "label-column": "", "samples.count": 0}
+    sets = [f"--set={key}={value}" for key, value in overrides.items() if key != "output-dir"]
+    ended = fedgen(folder, "run", ROOT, "--superlink", "clinic", "--output", folder / "run", *sets)
+    logs = {log.name: log.read_text(errors="replace")[-3000:] for log in folder.glob("*.log")}
+    assert ended.returncode == 0, (ended.stderr, logs)
+    found = results(folder / "run")
+    assert found["status"] == "completed" and found["rounds"][0]["clients"] == ["ward-7"]
+    assert [entry["reason"] for entry in found["left_out"]] == ["policy"]
+    assert list((folder / "var" / "ward-7" / "adapters").glob("*/ward-7/adapter_model.safetensors"))
+    assert not list((folder / "run").glob("clients/*/adapter_model.safetensors"))
+    if NGINX:
+        asked = (folder / "nginx" / "access.log").read_text()
+        assert "POST /v1/fleet/" in asked and "/v1/control/" not in asked
+
+
+def check_leaving(folder: Path, ports: tuple[int, int]) -> None:
+    """A device that left is unknown to the SuperLink, and one that was never registered is refused."""
+    known = json.loads((folder / "etc" / "server" / "registered.json").read_text())
+    assert sorted(known) == ["ward-7", "ward-8"]
+    made = command("provision", fleet_file(folder, ("ward-7", "rogue"), ports), "--output", folder / "out")
+    assert made.status == 0, made.err
+    install(folder, "rogue")
+    with service(folder, "rogue/supernode.sh") as rogue:
+        until(lambda: rogue.poll() is not None, 120, folder)
+        assert rogue.returncode
+    install(folder, "server")
+    ended = fedgen(folder, "register", folder / "etc" / "server", "--superlink", "clinic")
+    assert ended.stdout.splitlines() == ["unregistered ward-8", "registered rogue"], ended.stderr
