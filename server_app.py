@@ -42,7 +42,8 @@ def main(grid: Grid, context: Context) -> None:
             with backbone.model.disable_adapter():
                 run.keep_frozen(task.evaluate(settings, backbone, test, settings.seed))
 
-        roster = Roster(backbone.fingerprint, settings.expected_clients, settings.round.roll_call, run.event)
+        rank = 0 if method.fit or method.weights == "model" else settings.lora.rank
+        roster = Roster(backbone.fingerprint, settings.expected_clients, settings.round.roll_call, run.event, rank)
         roster.call(grid)
         run.plot_ownership(roster)
         run.count_skipped(roster, test)

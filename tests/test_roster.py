@@ -275,3 +275,14 @@ def test_clients_are_drawn_in_proportion_to_their_examples() -> None:
     assert 40 < counts[0] < 85 and 40 < counts[1] < 85 and 440 < counts[2] < 520  # six standard deviations
     assert draws == [called.choose([2, 0, 1], 0.3, 0, number, "examples") for number in range(600)]
     assert called.choose([0, 1, 2], 1.0, 0, 1, "examples") == [0, 1, 2]
+
+
+def test_a_node_of_another_rank_is_left_out_where_all_need_one() -> None:
+    for rank, members in ((0, [1, 2, 3]), (4, [1, 3])):
+        called, events = roster(expected=3)
+        called.rank = rank
+        called.call(Fleet({71: changed(1, rank=4), 72: changed(2, rank=2), 73: changed(3, rank=4)}))
+        assert in_order(called.members) == members
+        told = [event for event in events if event["event"] == "left-out"]
+        assert [(event["client"], event["reason"]) for event in told] == ([(2, "rank")] if rank else [])
+        assert all("rank 2" in event["detail"] for event in told)

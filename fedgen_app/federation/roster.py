@@ -120,6 +120,7 @@ class Roster:
     Attributes:
         fingerprint: Of the server's backbone; a node with another one is left out.
         expected: Wait for so many clients; 0: in a simulation for all of them, else for the first.
+        rank: The one that all adapters have to have; a node that affords less is left out; 0: ranks may differ.
         silent: How often each node did not answer the roll call.
         simulated: How many clients the simulation has, as its nodes say; 0: real devices.
     """
@@ -128,6 +129,7 @@ class Roster:
     expected: int
     deadline: float
     report: Report
+    rank: int = 0
     members: dict[ClientId, Member] = field(default_factory=dict)
     left_out: dict[int, str] = field(default_factory=dict)
     simulated: int = 0
@@ -202,6 +204,9 @@ class Roster:
         if fingerprint != self.fingerprint:
             detail = f"its backbone is {fingerprint[:80]}, the server's is {self.fingerprint}"
             raise _LeftOut("fingerprint", detail, client)
+        if self.rank and rank != self.rank:
+            detail = f"its adapter has rank {rank}, and this method needs {self.rank} of all; others take mixed ranks"
+            raise _LeftOut("rank", detail, client)
         if isinstance(simulated, int) and simulated > 0:
             self.simulated = simulated
         versions = {key: str(facts[key]) for key in ("torch", "transformers", "peft", "dtype") if key in facts}

@@ -195,15 +195,6 @@ class FedLora(Strategy):
             raise RunError(f"method = {self.settings.method}: for simulations only; no device gives its data away")
         if reason := objection(self.settings.aggregation, self._chosen()):
             raise RunError(reason)
-        ranks = {client: self.rank(client) for client in in_order(self.roster.members)}
-        other = {client: rank for client, rank in ranks.items() if rank != self.lora.rank}
-        if other and self.method.fit is None:
-            client, rank = next(iter(other.items()))
-            raise RunError(
-                f"client {client} has rank {rank}, lora.rank = {self.lora.rank}: method = {self.settings.method} needs "
-                f"one rank for all; set lora.rank = {min(ranks.values())}, or take a method for mixed ranks: "
-                "flexlora, flora or hetlora"
-            )
 
     def _chosen(self) -> int:
         return chosen_count(len(self.roster.members), self.settings.fraction_train)
