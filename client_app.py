@@ -51,7 +51,8 @@ def train(message: Message, context: Context) -> Message:
     plan = round_plan(settings, order.number, work.me.client, work.backbone.dtype, order.steps)
     with step_bar(f"round {order.number}, client {work.me.client}") as on_step:
         learned = work.method.local(work.lesson(plan, on_step))
-    adapters.check_finite(learned.adapter | learned.own, f"training diverged in round {order.number}")
+    for made in (learned.adapter, learned.own, learned.extra):  # apart: a method's own tensors may have the same keys
+        adapters.check_finite(made, f"training diverged in round {order.number}")
     work.store.save(order.number, Kept(learned.adapter, learned.own))
 
     shared = {key: tensor for key, tensor in learned.adapter.items() if work.method.shares(key, work.round)}

@@ -2,24 +2,27 @@
 
     python benchmarks/aggregation.py [--clients 10] [--repeat 3] [--markdown FILE]
 
-Every measurement runs in a fresh process with one thread; times are processor time, the shortest of some repeats, and
-only ratios of this session are shown. Memory is the peak above what the process held before, so without the replies
+Every measurement runs in a process of its own with one thread. Times are processor time, the shortest of some repeats,
+and only ratios of this session are shown. Memory is the peak above what the process held before, so without the replies
 themselves. The decomposition of the largest dense matrix runs once: it takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Before torch is loaded: one thread, so that processor time is comparable and a process can be forked.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 RANKS = (4, 8, 16, 32, 64)
 SIZES = ((512, 512), (1024, 1024), (2048, 2048), (4096, 4096), (4096, 11008))
 MIDDLE_RANK = 16
@@ -30,7 +33,6 @@ KEYS = ("layer.lora_A.weight", "layer.lora_B.weight")
 
 def operation(name: str, rows: int, columns: int, rank: int, clients: int) -> Callable[[], object]:
     """The thing to be timed, on random replies that are made beforehand."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     from fedgen_app.federation.client import load_method
@@ -84,8 +86,6 @@ def reset_peak() -> None:
 def measure(name: str, rows: int, columns: int, rank: int, clients: int, repeat: int) -> dict[str, float]:
     """Shortest processor time, and memory above what was held before."""
     run = operation(name, rows, columns, rank, clients)
-    if repeat > 1:
-        operation(name, 64, 64, 4, 2)()  # loads the libraries
     reset_peak()
     held, times = peak(), []
     for _ in range(repeat):
@@ -96,12 +96,11 @@ def measure(name: str, rows: int, columns: int, rank: int, clients: int, repeat:
 
 
 def measured(*arguments: Any) -> dict[str, float]:
-    """``measure`` in a fresh process with one thread."""
-    command = [sys.executable, __file__, "--measure", json.dumps(arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    print(f"{' '.join(map(str, arguments))}: {done.stdout.strip()}", file=sys.stderr)
-    return dict(json.loads(done.stdout))
+    """``measure`` in a process of its own, which starts with the libraries loaded."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        found = pool.apply(measure, arguments)
+    print(*arguments, found, file=sys.stderr, flush=True)
+    return found
 
 
 def table(rows: list[list[str]]) -> str:
@@ -111,8 +110,8 @@ def table(rows: list[list[str]]) -> str:
 
 
 def ratio(value: float) -> str:
-    """Two significant digits."""
-    return f"{value:.2g}"
+    """Two significant digits, or all those before the point."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def by_rank(clients: int, repeat: int) -> str:
@@ -153,11 +152,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(*json.loads(args.measure))))
-        return
+    for name in (*RULES, *DENSE):
+        operation(name, 64, 64, 4, 2)  # loads the libraries, and computes nothing yet
     text = by_rank(args.clients, args.repeat) + by_size(args.clients, args.repeat)
     print(text)
     if args.markdown:

@@ -1,6 +1,6 @@
 """What image generators cost here: training and sampling beside the loops that a person would write with diffusers.
 
-    python benchmarks/diffusion.py [--backbone FOLDER] [--turns 7] [--batches 6] [--markdown FILE]
+    python benchmarks/diffusion.py [--backbone FOLDER] [--parts latent] [--turns 7] [--batches 6] [--markdown FILE]
 
 The two sides take turns in one process and only ratios are printed. Both train the same LoRA layers of the same
 weights, held in the same type, on the same images in batches of the same size, with AdamW and a clipped gradient.
@@ -62,6 +62,7 @@ from fedgen_app.tasks import _sources  # noqa: E402
 from fedgen_app.tasks._sampling import generate  # noqa: E402
 
 CLASSES = ("shirt", "sneaker", "bag")
+PARTS = ("text", "unconditional", "latent")
 GUIDANCE = 2.0
 # Side of the latent model's images. At a quarter of the widths, the parts of a step have here the proportions that
 # those of Stable Diffusion have at 512 (the last table counts them): a text encoder's work does not shrink with images.
@@ -353,53 +354,64 @@ def show(title: str, rows: list[list[str]]) -> str:
 def measure(args: argparse.Namespace, scratch: Path) -> str:
     """All tables as Markdown."""
     head = ["model", "compared with", "time, median ratio", "lowest", "highest", "times as fast", "goal"]
-    training, sampling = [head], [head]
-    turns, batches = args.turns, args.batches
-
-    def case(folder: Path, name: str, batch: int, side: int, channels: int, dtype: str = "") -> Case:
-        data = write_images(scratch / name, -(-batch * batches * 10 // 9) + 2, side, channels)
-        return Case(folder, data, batch, batches, args, dtype)
-
-    place = fedgen_assets.path("diffusion") if args.backbone == "bundled" else Path(args.backbone).resolve()
-    shape = json.loads((place / "unet" / "config.json").read_text())
-    text = case(place, "text-data", args.batch_size, shape["sample_size"], shape["in_channels"])
-    device = text.backbone.device
-    times = alternate(text.ours, text.bare(), turns, device)
-    training.append(row("text, pixels", "bare loop", *times, "at most 1.10"))
-
-    folder = make_unconditional(scratch / "unconditional")
-    plain = case(folder, "plain-data", args.batch_size, 32, 1)
-    times = alternate(plain.ours, plain.bare(), turns, device)
-    training.append(row("unconditional, pixels", "bare loop", *times, "at most 1.10"))
-    # DDIMPipeline cannot give out bfloat16: both in float32.
-    plain = case(folder, "plain-data-2", args.batch_size, 32, 1, "float32")
-    times = alternate(plain.sample_ours, plain.sample_theirs(), turns, device)
-    sampling.append(row("unconditional, pixels, float32", "DDIMPipeline", *times, ""))
-
-    folder = make_latent(scratch / "latent")
-    latent = case(folder, "latent-data", args.latent_batch_size, LATENT_PIXELS, 3)
-    times = alternate(latent.ours, latent.stock(), turns, device)
-    training.append(row("latent", "stock LoRA loop", *times, "1.5 times as fast"))
-    filled = latent.seconds / statistics.median(times[1])
-    times = alternate(latent.sample_ours, latent.sample_theirs(), turns, device)
-    sampling.append(row("latent, guided", "StableDiffusionPipeline", *times, ""))
-
-    title = f"Training, {turns} turns of {batches} batches: our time over the other's"
-    result = show(title, training)
-    result += (
-        "\nThe latent model's caches are filled once per device, outside these times: that took "
-        f"{filled:.1f} times as long\nas the stock loop takes for one pass over the same images, reading them and "
-        "writing the files included.\n"
+    training, sampling, filled = [head], [head], ""
+    if "text" in args.parts:
+        place = fedgen_assets.path("diffusion") if args.backbone == "bundled" else Path(args.backbone).resolve()
+        shape = json.loads((place / "unet" / "config.json").read_text())
+        text = prepared(args, scratch, place, "text-data", args.batch_size, shape["sample_size"], shape["in_channels"])
+        times = alternate(text.ours, text.bare(), args.turns, text.backbone.device)
+        training.append(row("text, pixels", "bare loop", *times, "at most 1.10"))
+    if "unconditional" in args.parts:
+        folder = make_unconditional(scratch / "unconditional")
+        plain = prepared(args, scratch, folder, "plain-data", args.batch_size, 32, 1)
+        times = alternate(plain.ours, plain.bare(), args.turns, plain.backbone.device)
+        training.append(row("unconditional, pixels", "bare loop", *times, "at most 1.10"))
+        # DDIMPipeline cannot give out bfloat16: both in float32.
+        plain = prepared(args, scratch, folder, "plain-data-2", args.batch_size, 32, 1, "float32")
+        times = alternate(plain.sample_ours, plain.sample_theirs(), args.turns, plain.backbone.device)
+        sampling.append(row("unconditional, pixels, float32", "DDIMPipeline", *times, ""))
+    if "latent" in args.parts:
+        folder = make_latent(scratch / "latent")
+        latent = prepared(args, scratch, folder, "latent-data", args.latent_batch_size, LATENT_PIXELS, 3)
+        times = alternate(latent.ours, latent.stock(), args.turns, latent.backbone.device)
+        training.append(row("latent", "stock LoRA loop", *times, "1.5 times as fast"))
+        share = latent.seconds / statistics.median(times[1])
+        filled = (
+            "\nThe latent model's caches are filled once per device, outside these times: that took "
+            f"{share:.1f} times as long\nas the stock loop takes for one pass over the same images, reading them and "
+            "writing the files included.\n"
+        )
+        times = alternate(latent.sample_ours, latent.sample_theirs(), args.turns, latent.backbone.device)
+        sampling.append(row("latent, guided", "StableDiffusionPipeline", *times, ""))
+        filled += show("Operations per image, in thousand millions", relations(folder))
+    title = f"Training, {args.turns} turns of {args.batches} batches: our time over the other's"
+    result = show(title, training) + filled
+    return result + show(
+        f"Sampling, {args.turns} turns of a batch, DDIM, {args.steps} steps, guidance {GUIDANCE:g}", sampling
     )
-    result += show(f"Sampling, {turns} turns of a batch, DDIM, {args.steps} steps, guidance {GUIDANCE:g}", sampling)
-    result += show("Operations per image, in thousand millions", relations(folder))
-    return result
+
+
+def prepared(
+    args: argparse.Namespace,
+    scratch: Path,
+    folder: Path,
+    name: str,
+    batch: int,
+    side: int,
+    channels: int,
+    dtype: str = "",
+) -> Case:
+    """A case with so many random images that the training part is full."""
+    data = write_images(scratch / name, -(-batch * args.batches * 10 // 9) + 2, side, channels)
+    return Case(folder, data, batch, args.batches, args, dtype)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="bundled", help="a text-conditional pipeline in pixel space")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--batches", type=int, default=6, help="of a turn of training")
     parser.add_argument("--batch-size", type=int, default=32, help="in pixel space")
@@ -409,6 +421,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 from pathlib import Path
 
 import torch
+from _training import arguments
 
 from fedgen_app.tasks._pretraining import Recipe, pretrain_gan, read_rows, save, side_of
 
@@ -32,18 +32,13 @@ def names(text: str) -> list[str]:
 
 def common(description: str) -> argparse.ArgumentParser:
     """The options of both scripts for the small networks."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(description, "folder for the networks")
     parser.add_argument("--images", required=True, help="what the setting `dataset` takes: a folder or file")
     parser.add_argument("--classes", type=names, default=[], help="names of the classes to train on; none: all images")
     parser.add_argument("--spare", type=names, default=[], help="names of classes that get a place and no image")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the networks")
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="minutes of training")
-    length.add_argument("--steps", type=int, help="steps of each network")
     parser.add_argument("--batch-size", type=int, default=Recipe.batch_size)
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--checkpoint", type=Path, help="folder to save to, and to go on from")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser
 
 

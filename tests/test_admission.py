@@ -365,3 +365,29 @@ def test_figures_by_class_travel_under_numbers_and_come_back_under_names() -> No
         "examples": 12,
         **dict.fromkeys(STATES, {"word_perplexity": 3.0, "kid_by_class": {"coat": 0.25}}),
     }
+
+
+def test_a_factor_whose_partner_is_zero_has_a_norm_too() -> None:
+    """Its product changes nothing, and yet the mean of A would be spoilt by it."""
+    zero = REFERENCE | {B: torch.zeros_like(REFERENCE[B])}
+    wanted = expected(limit=10.0, reference=zero)
+    hostile = {A: REFERENCE[A] + 1e20, B: zero[B]}
+    assert change_norm(hostile, zero, LORA.scaling) == 0
+    assert reason(content(hostile), wanted) == "norm"
+    clipped = check(message(content(hostile)), 3, expected(limit=10.0, action="clip", reference=zero)).adapter
+    assert float((clipped[A] - REFERENCE[A]).norm()) == pytest.approx(10.0, rel=1e-4)
+    assert check(message(content({A: REFERENCE[A], B: zero[B]})), 3, wanted).client == 3
+
+
+def test_a_methods_own_tensors_are_bounded_too() -> None:
+    extra = (("control", (2,)),)
+    for size, told in ((1e20, "norm"), (math.nan, "non-finite")):
+        parcel = wire.Parcel(adapter(), extra={"control": torch.full((2,), size)})
+        assert reason(wire.reply(NUMBER, METRICS, parcel), expected(extra=extra)) == told
+    good = wire.Parcel(adapter(), extra={"control": torch.ones(2)})
+    assert check(message(wire.reply(NUMBER, METRICS, good)), 3, expected(extra=extra)).extra["control"].tolist() == [
+        1,
+        1,
+    ]
+    assert reason(content(), expected(extra=extra)) == "keys"
+    assert reason(wire.reply(NUMBER, METRICS, wire.Parcel(adapter(), extra={"control": torch.ones(3)}))) == "keys"

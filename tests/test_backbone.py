@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from fedgen_app.errors import BackboneError
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import find, fingerprint, load_task, open_backbone, pick_device, pick_dtype
+from fedgen_app.learning.export import load_peft, save_peft
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -196,3 +197,13 @@ def test_the_seeded_start_changes_nothing_yet_and_is_the_same_for_all() -> None:
             assert torch.equal(opened.model(input_ids=inputs).logits, started)
     assert adapters.digest(adapters.fresh(opened.layout, 3)) == adapters.digest(adapters.fresh(opened.layout, 3))
     assert adapters.digest(adapters.fresh(opened.layout, 3)) != adapters.digest(adapters.fresh(opened.layout, 4))
+
+
+def test_an_init_is_compared_with_the_settings_and_not_with_what_the_model_holds(tmp_path: Path) -> None:
+    backbone = open_backbone(tiny_settings(lora__rank=4))
+    start = backbone.fresh(1)
+    adapters.write(backbone.model, start)
+    save_peft(tmp_path, backbone, start, "")
+    smaller = {key: x[:2] if ".lora_A." in key else x[:, :2] for key, x in start.items()}
+    adapters.write(backbone.model, smaller)  # a client of another rank, in the same process
+    assert adapters.digest(load_peft(tmp_path, backbone)) == adapters.digest(start)

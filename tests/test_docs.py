@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fedgen_app.cli import presets
+from fedgen_app.cli import presets, reproduce
 from fedgen_app.federation.client import load_method
 from fedgen_app.federation.method import Method
 from fedgen_app.settings import KEYS, defaults
+from fedgen_app.sweeps import plan, spec
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +55,25 @@ def test_every_setting_stands_with_its_default() -> None:
 def test_every_preset_is_named() -> None:
     written = "\n".join(file.read_text(encoding="utf-8") for file in DOCUMENTS)
     assert [name for name in presets.names() if f"`{name}`" not in written] == []
+
+
+def test_sweeps_are_described() -> None:
+    text = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    assert [key for key in spec.SweepFile.model_fields if key != "about" and f"| `{key}` |" not in text] == []
+    assert [name for name in reproduce.names() if f"`{name}`" not in text] == []
+    blocks = re.findall(r"^```toml\n(.*?)^```$", text, re.M | re.S)
+    runs = []
+    for block in blocks:
+        tree = {"clients": 2} | tomllib.loads(block)
+        found = plan.expand(
+            spec.parse(tree, "sweeps.md"),
+            source=ROOT / "sweep.toml",
+            output=Path("/out"),
+            defaults=defaults(ROOT),
+            load_preset=presets.load,
+        )
+        runs.append(len(found.runs))
+    assert runs == [9, 2, 2]
 
 
 def test_all_in_the_tree_exists() -> None:

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from helpers import RecordingGrid, client_states, events, federate, results, tiny_config, weighted_mean
+from helpers import RecordingGrid, client_states, events, federate, results, tiny_config, tiny_settings, weighted_mean
 from safetensors.torch import load_file
 
 from fedgen_app.errors import RunError
 from fedgen_app.federation import wire
 from fedgen_app.federation.client import round_plan
 from fedgen_app.learning import adapters, training
+from fedgen_app.learning.backbone import open_backbone
 from fedgen_app.settings import Settings, Value
 
 CULPRIT = 1  # the client id; its node is one more
@@ -46,6 +47,20 @@ def with_number(value: float) -> Tamper:
 
 def scaled(factor: float) -> Tamper:
     return lambda reply, content: carry(content, flat(content) * np.float32(factor))
+
+
+def turned(factor: float) -> Tamper:
+    """A times the factor, B through it: their product is the same, or zero once B is too small for float32."""
+
+    def tamper(reply: Message, content: RecordDict) -> RecordDict:
+        array, start = flat(content), 0
+        for key, shape in open_backbone(tiny_settings()).layout:
+            size = math.prod(shape)
+            array[start : start + size] *= np.float32(factor if ".lora_A." in key else 1 / factor)
+            start += size
+        return carry(content, array)
+
+    return tamper
 
 
 def reshaped(change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Tamper:
@@ -108,6 +123,8 @@ FAULTS: dict[str, tuple[Tamper, str]] = {
     "nan": (with_number(float("nan")), "non-finite"),
     "inf": (with_number(float("inf")), "non-finite"),
     "a million times too large": (scaled(1e6), "norm"),
+    "a million times too large in A and too small in B": (turned(1e6), "norm"),
+    "a huge A beside a B of zero": (turned(1e30), "norm"),
     "another rank": (reshaped(lambda a: a[: a.size // 2]), "shape"),
     "a longer array": (reshaped(lambda a: np.concatenate([a, a[:8]])), "shape"),
     "a shape that would broadcast": (reshaped(lambda a: a[:1]), "shape"),
@@ -441,6 +458,17 @@ def test_a_bad_personal_reply_costs_its_client_its_figures_only(fault: str, tmp_
             assert min(measured) * (1 - 1e-9) <= value <= max(measured) * (1 + 1e-9), (state, name)
 
 
+def test_a_client_that_measured_less_than_the_others_does_not_end_the_run(tmp_path: Path) -> None:
+    def fewer(reply: Message, content: RecordDict) -> RecordDict:
+        metrics = content.metric_records["metrics"]
+        content["metrics"] = MetricRecord({k: v for k, v in metrics.items() if "word_perplexity" not in k})
+        return content
+
+    found = personal_run(tmp_path / "run", fewer)
+    assert found["status"] == "completed" and found["personal_rejected"] == []
+    assert found["final"]["personal_clients"] == {"bits_per_byte": 3, "token_perplexity": 3, "word_perplexity": 2}
+
+
 def test_an_enormous_personal_weight_is_capped(tmp_path: Path) -> None:
     found = personal_run(tmp_path / "run", with_metric(wire.NUM_EXAMPLES, 2**53))
     assert found["status"] == "completed" and found["personal_rejected"] == []
@@ -475,6 +503,29 @@ def test_a_client_whose_training_diverges_misses_that_round_only(
     assert found["rounds"][1]["clients"] == [0, 1, 2] and found["rounds"][1]["rejected"] == []
     assert_honest(folder, grid, 1, [0, 2])
     assert_honest(folder, grid, 2, [0, 1, 2])
+
+
+def test_a_shared_half_that_diverges_is_not_hidden_by_the_personal_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ditto's own adapter has the keys of the shared one: kept, the NaN would end every later round of this client."""
+    folder = tmp_path / "run"
+    config = tiny_config(folder, method="ditto", personal__epochs=0, samples__count=0)
+    diverging = round_plan(Settings.from_run_config(config), ROUND, CULPRIT, torch.float32)
+    train = training.train
+
+    def learn(model: torch.nn.Module, loss: training.Loss, rows: Any, plan: training.Plan, **rest: Any) -> Any:
+        learned = train(model, loss, rows, plan, **rest)
+        if plan.seed == diverging.seed:
+            with torch.no_grad():
+                next(iter(adapters.parameters(model).values())).view(-1)[3] = float("nan")
+        return learned
+
+    monkeypatch.setattr(training, "train", learn)
+    found = federate(config, 3)
+    assert found["rounds"][0]["rejected"] == [{"client": CULPRIT, "reason": "error"}]
+    assert set(client_states(folder, 1)) == {0, 2}, "the diverged state must not be kept"
+    assert found["rounds"][1]["clients"] == [0, 1, 2] and found["rounds"][1]["rejected"] == []
 
 
 def test_queueing_for_one_process_is_no_lateness(tmp_path: Path) -> None:

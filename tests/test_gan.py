@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedgen_app.errors import AdapterError, BackboneError, DataError, SettingsError
+from fedgen_app.federation.client import check_method
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.learning.export import card, save_peft
@@ -378,3 +379,29 @@ def test_neither_task_imports_diffusers() -> None:
     code = "import sys, fedgen_app.tasks.gan, fedgen_app.tasks.vae; assert 'diffusers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_sum_of_the_losses_gives_each_half_the_gradient_of_its_own() -> None:
+    """SCAFFOLD measures a client's gradient through it."""
+    backbone, batch = adapted(KIND), dict(rows().rows)
+    objective, model = Adversarial(LATENT, 1.0), backbone.model.eval()
+    own = adapters.parameters(model)
+
+    def gradients(loss: Any, noise: torch.Generator) -> dict[str, Tensor]:
+        for parameter in own.values():
+            parameter.requires_grad_(True)
+        slopes = torch.autograd.grad(loss(model, batch, noise), list(own.values()), allow_unused=True)
+        return {key: slope for key, slope in zip(own, slopes, strict=True) if slope is not None}
+
+    noise = torch.Generator().manual_seed(1)
+    halves = {half: gradients(getattr(objective, half), noise) for half in ("discriminator", "generator")}
+    got = gradients(objective, torch.Generator().manual_seed(1))
+    for key, slope in got.items():
+        torch.testing.assert_close(slope, halves[half_of(key)][key])
+    assert set(got) == set(own) and all(p.requires_grad for p in own.values())
+
+
+@pytest.mark.parametrize(("method", "changes"), [("apfl", {}), ("hetlora", {"hetlora__penalty": 0.1})])
+def test_methods_that_act_through_one_loss_are_refused(method: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="loop of its own"):
+        check_method(network_settings(KIND, method=method, **changes))

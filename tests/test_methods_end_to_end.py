@@ -93,6 +93,15 @@ def test_mixed_ranks(method: str, tmp_path: Path) -> None:
     assert [c["r"] for c in configs] == [1 + residual, 2 + residual, 4 + residual]
 
 
+def test_ranks_of_clients_that_share_nothing(tmp_path: Path) -> None:
+    federate(config(tmp_path / "run", "local-only", lora__ranks="1,4"))
+    ranks = [
+        json.loads((tmp_path / "run/clients" / str(client) / "adapter_config.json").read_text())["r"]
+        for client in range(3)
+    ]
+    assert ranks == [1, 4, 1]
+
+
 def test_mixed_ranks_are_refused_by_a_method_that_cannot(tmp_path: Path) -> None:
     ended = command(*run_arguments(tmp_path / "run", lora__ranks="1,2,4"))
     assert ended.status == 2 and "lora.ranks = '1,2,4'" in ended.err and "flexlora" in ended.err

@@ -89,3 +89,28 @@ def test_a_run_without_a_server_figure_or_clients() -> None:
     found = results()
     found["final"] = {"metrics": None, "source": "clients"}
     assert signs(found) == []
+
+
+def test_clients_that_cannot_measure_the_headline_are_passed_over() -> None:
+    found = results(clients=[(800, 0.02, 0.01), (700, 0.03, 0.02)], metric="kid")
+    loss = {"denoising_loss": 0.1}
+    for entry in found["personal"]:
+        entry["global"], entry["personal"] = loss | entry["global"], loss | entry["personal"]
+    few = {"client": 2, "examples": 8, "frozen": loss, "global": loss, "personal": {"denoising_loss": 0.2}}
+    found["personal"].insert(0, few)
+    assert signs(found) == []  # by KID, which two of three have
+    found["personal"] += [few, few]
+    (line,) = signs(found)
+    assert "denoising loss" in line and "worse on 3 of 5 clients (8 examples)" in line
+
+
+def test_figures_by_class_alone_are_no_headline() -> None:
+    found = results(clients=[(8, 1.0, 1.0)])
+    for state in ("frozen", "global", "personal"):
+        found["personal"][0][state] = {"kid_by_class": {"bag": 0.1}}
+    assert signs(found) == []
+
+
+def test_a_negative_kid_that_does_not_change_is_not_worse() -> None:
+    assert signs(results(clients=[(10, -0.002, -0.002), (10, -0.002, -0.003)], metric="kid")) == []
+    assert len(signs(results(clients=[(10, -0.002, 0.001)], metric="kid"))) == 1

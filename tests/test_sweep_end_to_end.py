@@ -159,10 +159,10 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_plan_loads_no_torch(tmp_path: Path) -> None:
-    file = write_sweep(tmp_path / "s.toml", "[grid]\nlora.rank = [0]")
+    file = write_sweep(tmp_path / "s.toml", "[grid]\nlocal-epochs = [0]")
     code = "import sys\nfrom fedgen_app.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "sweep", file], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout.strip() == "False" and "lora.rank = 0" in done.stderr
+    assert done.returncode == 2 and done.stdout.strip() == "False" and "local-epochs = 0" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -258,3 +258,25 @@ def test_nothing_to_train_on_is_a_data_error(model: PeftModel) -> None:
     with pytest.raises(DataError, match="no example"):
         train(model, loss, examples(0), PLAN)
     assert adapters.digest(adapters.read(model)) == before
+
+
+def test_a_client_that_failed_half_way_leaves_no_gradient_to_the_next(model: PeftModel) -> None:
+    calls = []
+
+    def failing(model: nn.Module, batch: Mapping[str, Tensor], noise: torch.Generator) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return loss(model, batch, noise)
+
+    results = []
+    for fails in (False, True):
+        if fails:
+            adapters.write(model, start(model))
+            with pytest.raises(RuntimeError, match="out of memory"):
+                train(model, failing, examples(), replace(PLAN, accumulate=3))
+            assert any(p.grad is not None for p in adapters.parameters(model).values())
+        adapters.write(model, start(model))
+        train(model, loss, examples(), PLAN)
+        results.append(adapters.digest(adapters.read(model)))
+    assert results[0] == results[1]

@@ -13,7 +13,7 @@ from flwr.app import Message
 
 from fedgen_app.errors import PolicyError, meaning
 from fedgen_app.federation import wire
-from fedgen_app.federation.aggregation import change_norm, shrink
+from fedgen_app.federation.aggregation import between, change_norm, length, shrink
 from fedgen_app.federation.method import ClientId, Lora, Update
 from fedgen_app.learning.adapters import Adapter, Layout, at_rank, digest_of
 from fedgen_app.settings import AdmissionSettings
@@ -93,6 +93,9 @@ def check(message: Message, client: ClientId, expected: Expected) -> Update:
     num_examples = _weight(metrics.get(wire.NUM_EXAMPLES))
     measured = _metrics(dict(metrics), expected.metrics)
     adapter = _within_norm(parcel.adapter, rank, expected)
+    limit = expected.limits.max_update_norm
+    if limit and length(parcel.extra) > limit:
+        raise Rejected("norm", f"{length(parcel.extra):.4g} of the method's own tensors > {limit:g}")
     return Update(client, adapter, rank, num_examples, parcel.extra, measured)
 
 
@@ -132,17 +135,26 @@ def _metrics(metrics: dict[str, object], names: frozenset[str]) -> dict[str, flo
 
 
 def _within_norm(adapter: Adapter, rank: int, expected: Expected) -> Adapter:
+    """The adapter, if its change is within the limit or may be clipped to it.
+
+    Both the product and the factors have to be: where B = 0 a product says nothing of A, and a mean of factors would
+    take over an A of any size.
+    """
     limit = expected.limits.max_update_norm
     if not limit:
         return adapter
     # With the factors that were not shared: the change of B alone is B' A - B A.
     old, new = expected.reference, expected.reference | adapter
-    norm = change_norm(new, old, expected.lora.at(rank).scaling, expected.lora.scaling)
+    same = rank == expected.lora.rank
+    product = change_norm(new, old, expected.lora.at(rank).scaling, expected.lora.scaling)
+    factors = length({key: tensor - old[key] if same else tensor for key, tensor in adapter.items()})
+    norm = max(product, factors)
     if norm <= limit:
         return adapter
     # Between factors of different ranks there is no line to go back on.
-    if expected.limits.norm_action == "clip" and math.isfinite(norm) and rank == expected.lora.rank:
-        clipped = shrink(new, old, expected.lora.scaling, limit)
+    if expected.limits.norm_action == "clip" and math.isfinite(norm) and same:
+        nearer = between(old, new, min(1.0, limit / factors)) if factors > limit else new
+        clipped = shrink(nearer, old, expected.lora.scaling, limit)
         return {key: clipped[key] for key in adapter}
     raise Rejected("norm", f"{norm:.4g} > admission.max-update-norm = {limit:g}")
 

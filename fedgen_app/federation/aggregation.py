@@ -116,11 +116,11 @@ def shrink(new: Adapter, old: Adapter, scaling: float, limit: float) -> Adapter:
             low = middle
         else:
             high = middle
-    shorter, back = _between(old, new, low), 2.0**-24
+    shorter, back = between(old, new, low), 2.0**-24
     # The factors were rounded to float32, which may have lengthened the change again by as little.
     while low and change_norm(shorter, old, scaling) > limit:
         low, back = max(0.0, low * (1 - back)), 2 * back
-        shorter = _between(old, new, low)
+        shorter = between(old, new, low)
     return shorter
 
 
@@ -141,5 +141,11 @@ def _length_along(new: Adapter, old: Adapter, scaling: float) -> Callable[[float
     return lambda t: math.sqrt(max(0.0, t**2 * (linear + 2 * t * cross + t**2 * square)))
 
 
-def _between(old: Adapter, new: Adapter, t: float) -> Adapter:
+def length(tensors: Adapter) -> float:
+    """Frobenius norm of all tensors together, in float64."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
+def between(old: Adapter, new: Adapter, t: float) -> Adapter:
+    """old + t (new - old), key by key."""
     return {key: (old[key].double() + t * (new[key].double() - old[key].double())).float() for key in new}

@@ -21,6 +21,7 @@ from fedgen_app.federation.consent import check_plans, policy_of
 from fedgen_app.federation.local import Lesson, fine_tune, plain
 from fedgen_app.federation.method import ClientId, Lora, Method, Round, weighted_mean
 from fedgen_app.federation.policy import Policy
+from fedgen_app.federation.robust import FACTOR_RULES
 from fedgen_app.federation.roster import parse_client
 from fedgen_app.learning import adapters, training
 from fedgen_app.learning.adapters import Adapter
@@ -66,6 +67,11 @@ def check_method(settings: Settings) -> Method:
         objections.append(
             f"aggregation.layer-wise = true: method = {settings.method} is no plain mean of factors, which alone can "
             "be taken layer by layer"
+        )
+    if settings.aggregation.layer_wise and settings.aggregation.robust in FACTOR_RULES:
+        objections.append(
+            f"aggregation.layer-wise = true: aggregation.robust = {settings.aggregation.robust!r} leaves one update, "
+            "which agrees with itself; take one of the two"
         )
     if settings.lora.ranks and method.fit is None and set(settings.lora.ranks) != {settings.lora.rank}:
         objections.append(

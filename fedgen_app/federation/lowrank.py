@@ -81,7 +81,8 @@ def compress(pair: Pair, rank: int) -> Compressed:
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    floor = max(VANISHED * float(values[0]), CANCELLED * float(b.norm() * a.norm()))
+    # Column by column: beside a large A and a zero B, which add nothing, the others must not look small.
+    floor = max(VANISHED * float(values[0]), CANCELLED * float(b.norm(dim=0) @ a.norm(dim=1)))
     kept = min(rank, int((values > floor).sum()))
     left, right = q_b @ u[:, :kept], v[:kept] @ q_a.T
     if kept:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedgen_app.errors import RunError
-from fedgen_app.federation.aggregation import change_norm, shrink
+from fedgen_app.federation.aggregation import between, change_norm, shrink
 from fedgen_app.federation.lowrank import Pair, as_pair, gram
 from fedgen_app.federation.method import GlobalState, Lora, Round, Rule, Update
 from fedgen_app.learning.adapters import Adapter, pairs
@@ -101,17 +101,19 @@ def reweigh(
     if reason := objection(settings, len(updates)):
         raise RunError(reason)
     f = attackers(settings, len(updates))
+    if name in FACTOR_RULES:
+        return [_middle(updates, f if name == "factor-trimmed-mean" else None)]
     received = _received(updates, state, round_, fit)
+    beside = None if fit else gram_beside_the_others(updates, state.adapter, round_.lora)
     if name == "norm-bound":
-        return _bounded(updates, received, round_.lora, settings.norm_bound)
+        return _bounded(updates, received, round_.lora, settings.norm_bound, beside)
+    products = gram_of_changes(updates, received, round_.lora)
+    products = products if beside is None else products + beside
     if name == "krum":
-        return [updates[_by_score(gram_of_changes(updates, received, round_.lora), f)[0]]]
+        return [updates[_by_score(products, f)[0]]]
     if name == "multi-krum":
-        chosen = _by_score(gram_of_changes(updates, received, round_.lora), f)[: len(updates) - f]
-        return [updates[i] for i in sorted(chosen)]
-    if name == "geometric-median":
-        return _towards_the_middle(updates, gram_of_changes(updates, received, round_.lora))
-    return [_middle(updates, f if name == "factor-trimmed-mean" else None)]
+        return [updates[i] for i in sorted(_by_score(products, f)[: len(updates) - f])]
+    return _towards_the_middle(updates, products)
 
 
 def _received(updates: Sequence[Update], state: GlobalState, round_: Round, fit: Fit | None) -> list[Adapter]:
@@ -148,9 +150,33 @@ def gram_of_changes(updates: Sequence[Update], received: Sequence[Adapter], lora
     return whole
 
 
-def _bounded(updates: Sequence[Update], received: Sequence[Adapter], lora: Lora, times: float) -> list[Update]:
+def gram_beside_the_others(updates: Sequence[Update], received: Adapter, lora: Lora) -> Tensor:
+    """Inner products (n, n) of what each client's factors change in the product of means, to first order.
+
+    s (dB_k A' + B' dA_k), where B' and A' are the medians of all clients' numbers. A client that sends c A and B / c
+    has the same product for every c, and so no distance in ``gram_of_changes``; here c shows.
+    """
+    new = [received | u.adapter for u in updates]
+    shared = set(updates[0].adapter)
+    whole = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for key_a, key_b in (pair for pair in pairs(received) if shared & set(pair)):
+        b_old, a_old = as_pair(received, key_a, key_b)
+        each = [as_pair(adapter, key_a, key_b) for adapter in new]
+        b_mid, a_mid = (_trimmed_mean(factors) for factors in zip(*each, strict=True))
+        whole += gram(
+            [(lora.scaling * torch.cat([b - b_old, b_mid], 1), torch.cat([a_mid, a - a_old])) for b, a in each]
+        )
+    return whole
+
+
+def _bounded(
+    updates: Sequence[Update], received: Sequence[Adapter], lora: Lora, times: float, beside: Tensor | None
+) -> list[Update]:
     """No change longer than ``times`` the median one; longer ones go back along the line of their factors."""
     new = [old | u.adapter for u, old in zip(updates, received, strict=True)]
+    if beside is not None:  # linear along that line
+        new = _shortened(new, received, beside.diagonal().clamp(min=0).sqrt().tolist(), times)
+        updates = [replace(u, adapter={key: n[key] for key in u.adapter}) for u, n in zip(updates, new, strict=True)]
     scalings = [lora.at(u.rank).scaling for u in updates]
     norms = [change_norm(n, o, s) for n, o, s in zip(new, received, scalings, strict=True)]
     limit = times * statistics.median(norms)
@@ -161,6 +187,16 @@ def _bounded(updates: Sequence[Update], received: Sequence[Adapter], lora: Lora,
             update = replace(update, adapter={key: shorter[key] for key in update.adapter})
         bounded.append(update)
     return bounded
+
+
+def _shortened(
+    new: Sequence[Adapter], received: Sequence[Adapter], norms: Sequence[float], times: float
+) -> list[Adapter]:
+    limit = times * statistics.median(norms)
+    return [
+        between(old, adapter, limit / norm) if norm > limit else adapter
+        for adapter, old, norm in zip(new, received, norms, strict=True)
+    ]
 
 
 def distances(products: Tensor) -> Tensor:
@@ -216,9 +252,14 @@ def _middle(updates: Sequence[Update], trim: int | None) -> Update:
 
     Yin et al. 2018 (arXiv 1803.01498). Every client counts once, whatever it says about its examples.
     """
-    count, middle = len(updates), {}
-    cut = (count - 1) // 2 if trim is None else trim
-    for key in sorted(updates[0].adapter):
-        ordered = torch.stack([u.adapter[key].double() for u in updates]).sort(dim=0).values
-        middle[key] = ordered[cut : count - cut].mean(dim=0).float()
+    middle = {
+        key: _trimmed_mean([u.adapter[key].double() for u in updates], trim).float() for key in updates[0].adapter
+    }
     return replace(updates[0], adapter=middle, num_examples=sum(u.num_examples for u in updates), extra={}, metrics={})
+
+
+def _trimmed_mean(tensors: Sequence[Tensor], trim: int | None = None) -> Tensor:
+    """Number by number the mean without the ``trim`` smallest and largest; None: the median."""
+    count = len(tensors)
+    cut = (count - 1) // 2 if trim is None else trim
+    return torch.stack(list(tensors)).sort(dim=0).values[cut : count - cut].mean(dim=0)

@@ -58,7 +58,8 @@ def load_peft(folder: Path, backbone: Backbone) -> Adapter:
         found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(f"{folder}: no readable adapter_config.json: {error}") from None
-    wanted = backbone.model.peft_config["default"].to_dict()
+    # Not the model's r: that is of the adapter which it holds at the moment.
+    wanted = backbone.model.peft_config["default"].to_dict() | {"r": rank_of(adapter)}
     for key in ("r", "lora_alpha", "use_rslora"):
         if found.get(key) != wanted[key]:
             raise AdapterError(f"{folder}: made with {key} = {found.get(key)!r}, the settings say {wanted[key]!r}")

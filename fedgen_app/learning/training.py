@@ -74,7 +74,9 @@ def batches(count: int, plan: Plan, generator: torch.Generator) -> Iterator[list
 
 
 def choose(model: nn.Module, trains: Callable[[str], bool]) -> dict[str, nn.Parameter]:
-    """The tensors that learn; the others, a frozen residual's too, need no gradient.
+    """The tensors that learn, without gradients yet; the others, a frozen residual's too, need none.
+
+    What a client left behind whose training failed half-way must not reach the next one's first step.
 
     Raises:
         AdapterError: nothing is to be trained.
@@ -83,6 +85,7 @@ def choose(model: nn.Module, trains: Callable[[str], bool]) -> dict[str, nn.Para
     learning = {}
     for key, parameter in parameters(model).items():
         parameter.requires_grad_(trains(key))
+        parameter.grad = None
         if parameter.requires_grad:
             learning[key] = parameter
     if not learning:

@@ -7,7 +7,7 @@ same traffic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -20,8 +20,10 @@ from fedgen_app.federation.local import Learned, Lesson, plain
 from fedgen_app.federation.method import Method
 from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import ADAPTER, RESIDUAL, Adapter, merged, rank_of
+from fedgen_app.learning.backbone import load_task
 from fedgen_app.learning.task import Batch
 from fedgen_app.seeds import derive
+from fedgen_app.settings import Settings
 
 MIX = "mix"
 
@@ -116,4 +118,10 @@ def personal(lesson: Lesson) -> Adapter:
     return merged(v, weighted(lesson.start, (1 - mix) * scaling(rank_of(lesson.start))), scaling)
 
 
-METHOD = Method(local=local, personal=personal)
+def refuses(settings: Settings) -> Iterable[str]:
+    """A task whose training is more than a loss: the mixture acts through the loss."""
+    if load_task(settings.task).train:
+        yield f"method = 'apfl': task = {settings.task} trains in a loop of its own, in which the mixture cannot act"
+
+
+METHOD = Method(local=local, personal=personal, refuses=refuses)

@@ -7,7 +7,7 @@ weighted by ||s_k B_k A_k||. Clients cut back to their own rank, and may give up
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +18,9 @@ from fedgen_app.federation.lowrank import as_pair, product_norm, truncate
 from fedgen_app.federation.method import GlobalState, Lora, Method, Round, Update
 from fedgen_app.federation.robust import only
 from fedgen_app.learning.adapters import Adapter, pairs, parameters, rank_of
+from fedgen_app.learning.backbone import load_task
 from fedgen_app.learning.task import Batch, Loss
+from fedgen_app.settings import Settings
 
 
 def rule(state: GlobalState, updates: Sequence[Update], round_: Round) -> GlobalState:
@@ -95,9 +97,14 @@ def local(lesson: Lesson) -> Learned:
     return replace(learned, adapter=fit(learned.adapter, lora.at(rank), lora.at(kept)))
 
 
-METHOD = Method(
-    rule=rule,
-    local=local,
-    fit=fit,
-    refuses=only("norm-bound", "krum", "multi-krum", because="its weights are norms and not examples"),
-)
+def refuses(settings: Settings) -> Iterable[str]:
+    """Rules that go by examples; a penalty where the task does not train by one loss."""
+    yield from only("norm-bound", "krum", "multi-krum", because="its weights are norms and not examples")(settings)
+    if settings.hetlora.penalty and load_task(settings.task).train:
+        yield (
+            f"hetlora.penalty = {settings.hetlora.penalty:g}: task = {settings.task} trains in a loop of its own, "
+            "which takes no other loss; 0 goes without"
+        )
+
+
+METHOD = Method(rule=rule, local=local, fit=fit, refuses=refuses)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedgen_app.federation.method import GlobalState, Method, Round
+from fedgen_app.federation.lowrank import truncate
+from fedgen_app.federation.method import GlobalState, Lora, Method, Round
 from fedgen_app.federation.robust import only
 from fedgen_app.learning.adapters import Adapter
 
@@ -17,6 +18,15 @@ def is_shared(key: str, round_: Round) -> bool:
     return False
 
 
+def fit(adapter: Adapter, lora: Lora, own: Lora) -> Adapter:
+    """The seeded start at the client's rank."""
+    return truncate(adapter, own.rank)
+
+
 METHOD = Method(
-    sends=nothing, shares=is_shared, has_global=False, refuses=only(because="there is nothing to aggregate")
+    sends=nothing,
+    shares=is_shared,
+    fit=fit,
+    has_global=False,
+    refuses=only(because="there is nothing to aggregate"),
 )

@@ -15,7 +15,8 @@ from fedgen_app.federation.local import Learned, Lesson
 from fedgen_app.federation.method import GlobalState, Method, Round, Update, weighted_mean
 from fedgen_app.federation.robust import only
 from fedgen_app.learning import adapters
-from fedgen_app.learning.adapters import Adapter, Layout, parameters
+from fedgen_app.learning.adapters import Adapter, Layout
+from fedgen_app.learning.training import choose
 
 CONTROL = "control."
 # In half precision small gradients would vanish: the loss is scaled up before the backward pass and the result down.
@@ -45,10 +46,7 @@ def change_layout(shared: Layout, round_: Round) -> Layout:
 def gradient(lesson: Lesson) -> Adapter:
     """The gradient of the mean loss over all local examples at the adapter that is in the model, without dropout."""
     model, data, plan = lesson.model, lesson.data, lesson.plan
-    learning = {key: p for key, p in parameters(model).items() if lesson.trains(key)}
-    model.requires_grad_(False)
-    for parameter in learning.values():
-        parameter.requires_grad_(True)
+    learning = choose(model, lesson.trains)
     device = next(iter(learning.values())).device
     shared = {name: tensor.to(device) for name, tensor in data.shared.items()}
     noise = torch.Generator(device).manual_seed(plan.seed)

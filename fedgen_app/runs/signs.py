@@ -6,6 +6,7 @@ Each line says what was seen and what to do about it, as "<sign>: <what>; <what 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,19 +48,29 @@ def unstable(results: Mapping[str, Any]) -> list[str]:
 
 def personal_worse(results: Mapping[str, Any]) -> list[str]:
     """Personal adapters are worse than the global one, in the weighted mean or on most of the clients."""
-    both = [entry for entry in results["personal"] if entry.get("global") and entry.get("personal")]
-    metric = report.headline(both[0]["global"] if both else None)
-    if not metric:
-        return []
-    worse = [entry for entry in both if entry["personal"][metric] > (1 + WORSE) * entry["global"][metric]]
-    means = {state: report.weighted(both, state)[metric] for state in ("global", "personal")}
-    if means["personal"] <= (1 + WORSE) * means["global"] and 2 * len(worse) <= len(both):
+    entries = results["personal"]
+    metric = _common(entries)
+    both = [entry for entry in entries if metric in entry["global"]]
+    worse = [entry for entry in both if _is_worse(entry["personal"][metric], entry["global"][metric])]
+    means = {state: report.weighted(both, state).get(metric, 0.0) for state in ("global", "personal")}
+    if not _is_worse(means["personal"], means["global"]) and 2 * len(worse) <= len(both):
         return []
     return [
         f"personal worse than global: {_words(metric)} {report.number(means['personal'])} against "
-        f"{report.number(means['global'])}, worse on {len(worse)} of {len(both)} clients ({_examples(worse)}), which "
-        "is too little local data; fewer personal.epochs, a smaller personal.learning-rate or a personal.proximal help"
+        f"{report.number(means['global'])}, worse on {len(worse)} of {len(both)} clients ({_examples(worse)}), "
+        "usual with little local data; fewer personal.epochs, a smaller personal.learning-rate or a personal.proximal "
+        "help"
     ]
+
+
+def _common(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The headline of the numbers that at least half of the clients measured: not every client can measure KID."""
+    counts = Counter(name for entry in entries for name, v in entry["global"].items() if isinstance(v, int | float))
+    return report.headline({name: count for name, count in sorted(counts.items()) if 2 * count >= len(entries)})
+
+
+def _is_worse(personal: float, shared: float) -> bool:
+    return personal - shared > WORSE * abs(shared)  # an unbiased KID may be negative
 
 
 def _examples(entries: Sequence[Mapping[str, Any]]) -> str:

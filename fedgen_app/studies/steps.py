@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedgen_app.data.images import load_images
 from fedgen_app.data.local import Corpus, load_corpus
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import find, load_task
 from fedgen_app.seeds import derive
 from fedgen_app.settings import PACKAGE, Settings, defaults
+from fedgen_app.tasks._pretraining import Recipe, pretrain_vae, read_rows, save, side_of
 from fedgen_app.tasks._text import pack, start_token, tokenise
 
 
@@ -102,41 +102,20 @@ def vae(
     steps: int,
     dataset: str = "bundled",
     latent: int = 32,
-    decoder: Sequence[int] = (64, 48, 32, 16),
-    encoder: Sequence[int] = (16, 32, 48),
+    encoder: Sequence[int] = (32, 64, 96),
+    decoder: Sequence[int] = (96, 64, 32, 16),
     batch_size: int = 64,
-    learning_rate: float = 2e-3,
-    seed: int = 0,
+    seed: int = 1,
 ) -> None:
     """A small variational autoencoder, trained from nothing on the images of ``classes``.
 
     The classes of ``spare`` get a place and no image: they are what a federation can add.
 
     Raises:
-        DataError: the data set has no such labels.
+        DataError: the data set has no image of a class.
     """
-    networks = importlib.import_module("fedgen_app.tasks._networks")
-    side = 4 * 2 ** len(encoder)
-    found = load_images(dataset, "train", resolution=side)
-    if found is None or found.labels is None or set(classes) - set(found.labels):
-        raise DataError(f"dataset = {dataset!r}: no training images with the labels {', '.join(classes)}")
-    kept = [number for number, label in enumerate(found.labels) if label in classes]
-    pixels = torch.from_numpy(np.ascontiguousarray(found.pixels[kept].transpose(0, 3, 1, 2)))
-    numbers = torch.tensor([list(classes).index(found.labels[number]) for number in kept])
-    torch.manual_seed(seed)
-    model = networks.VAE(pixels.shape[1], latent, [*classes, *spare], list(encoder), list(decoder))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=0.1 * learning_rate)
-    noise, draw = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    loss_of = load_task("vae").loss(_settings(task="vae"), cast(Any, None))
-    for step in range(steps):
-        chosen = torch.from_numpy(draw.integers(0, len(pixels), batch_size))
-        loss = loss_of(model, {"pixels": pixels[chosen], "class": numbers[chosen]}, noise)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"step {step + 1} of {steps}: {float(loss.detach()):.3f} bits per dimension", flush=True)
-    model.save_pretrained(folder)
+    rows = read_rows(dataset, side_of(encoder), classes)
+    recipe = Recipe(steps=steps, batch_size=batch_size, seed=seed)
+    say = functools.partial(print, flush=True)
+    model, training = pretrain_vae(rows, [*classes, *spare], recipe, encoder, decoder, latent, say=say)
+    save(folder, model, training, {"classes": list(classes), "spare": list(spare)})

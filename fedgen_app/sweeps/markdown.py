@@ -188,7 +188,7 @@ def table_of(sweep: Sweep, part: Sequence[Row]) -> list[str]:
             of = (
                 "frozen backbone"
                 if len(groups) == 1
-                else f"frozen backbone of {' and '.join(point_name(sweep, r) for r in rows)}"
+                else f"frozen backbone of {_listed([point_name(sweep, r) for r in rows])}"
             )
             cells = [of, *[""] * (len(sweep.rows) - 1), *_frozen_line(figures, [name for name, _, _ in wanted])]
             cells += [NOTHING] * (bool(sweep.target) + 1) + [str(len(figures))]
@@ -203,6 +203,10 @@ def table_of(sweep: Sweep, part: Sequence[Row]) -> list[str]:
         count = f"{len(row.done)} of {len(row.records)}" if len(row.done) < len(row.records) else str(len(row.done))
         lines.append("| " + " | ".join([*cells, plus_minus(row.spread("seconds")), count]) + " |")
     return lines
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} others"
 
 
 def _best(part: Sequence[Row], name: str) -> int | None:

@@ -189,4 +189,4 @@ def default_jobs(cores: int, runs: Sequence[Run]) -> int:
 
         if torch.cuda.is_available():
             return 1
-    return max(1, min(cores, int(psutil.virtual_memory().available // MEMORY)))
+    return max(1, min(cores, int(psutil.virtual_memory().available) // MEMORY))

@@ -59,8 +59,15 @@ class Adversarial:
         return softplus(-cast(Any, model).discriminator(drawn, batch.get("class"))).mean()
 
     def __call__(self, model: nn.Module, batch: Batch, noise: torch.Generator) -> Tensor:
-        """Both, added."""
-        return self.discriminator(model, batch, noise) + self.generator(model, batch, noise)
+        """Both, added; its gradient is for each half that of its own loss alone."""
+        told = self.discriminator(model, batch, noise)
+        learning = [p for p in cast(Any, model).discriminator.parameters() if p.requires_grad]
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        drawn = self.generator(model, batch, noise)
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        return told + drawn
 
 
 @dataclass
