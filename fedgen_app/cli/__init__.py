@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from fedgen_app.cli import audit_prompts, backbone, generate, presets, provision, reproduce, resume, run, sweep
+from fedgen_app.cli import audit_prompts, backbone, doctor, generate, presets, provision, reproduce, resume, run, sweep
 from fedgen_app.errors import FedgenError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("sweep")(sweep.sweep)
 app.command("reproduce")(reproduce.reproduce)
 app.command("provision")(provision.provision)
 app.command("register")(provision.register)
+app.command("doctor")(doctor.doctor)
 app.add_typer(backbone.app, name="backbone")
 app.command("presets")(presets.presets)
 

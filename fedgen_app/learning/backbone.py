@@ -102,7 +102,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _computes_bfloat16(device: torch.device) -> bool:
+def computes_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself; emulation is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -113,7 +113,7 @@ def _computes_bfloat16(device: torch.device) -> bool:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """``auto``: bfloat16 where the machine computes it natively, else float32."""
     if name == "auto":
-        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
     return cast(torch.dtype, getattr(torch, name))
 
 

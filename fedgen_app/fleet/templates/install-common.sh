@@ -22,7 +22,7 @@ command -v install >/dev/null || die "install is missing: it is part of coreutil
 
 python="$environment/bin/python"
 [ -x "$python" ] || die "$python is not there; make it: python3 -m venv $environment && $environment/bin/pip install 'fedgen-edge==@{version}'"
-found=$("$python" -c 'from importlib.metadata import version; print(version("fedgen-edge"))' 2>/dev/null) ||
+found=$("$python" -P -c 'from importlib.metadata import version; print(version("fedgen-edge"))' 2>/dev/null) ||
     die "fedgen-edge is not installed in $environment: $environment/bin/pip install 'fedgen-edge==@{version}'"
 [ "$found" = "@{version}" ] || die "$environment has fedgen-edge $found, the fleet has @{version}: $environment/bin/pip install 'fedgen-edge==@{version}'"
 for program in @{programs}; do

@@ -16,13 +16,13 @@ place 0755 supernode.sh "$target/supernode.sh"
 if [ -e "$target/policy.toml" ]; then say "ok: $target/policy.toml stays as it is"; else place 0600 policy.toml "$target/policy.toml"; fi
 say "ok: files in $target"
 
-"$python" -m fedgen_app.fleet.checks policy "$target/policy.toml" || die "see above"
+"$python" -P -m fedgen_app.fleet.checks policy "$target/policy.toml" || die "see above"
 if [ "$files_only" = no ]; then
     runuser -u "$user" -- test -r @{data} || die @{data}" cannot be read by the user $user: chgrp -R $user it and chmod -R g+rX it, and let others enter the folders above"
     say "ok: the data can be read"
 fi
 if [ "$offline" = no ]; then
-    "$python" -m fedgen_app.fleet.checks server "@{address}" "$target/ca.crt" || die "the server does not answer as it should; --offline leaves this check out"
+    "$python" -P -m fedgen_app.fleet.checks server "@{address}" "$target/ca.crt" || die "the server does not answer as it should; --offline leaves this check out"
 fi
 if [ "$files_only" = no ]; then serve "fedgen-supernode-@{id}"; fi
 say "installed. What it says: journalctl -fu fedgen-supernode-@{id}"

@@ -5,4 +5,4 @@
     systemctl enable --now nginx || die "nginx does not start: journalctl -u nginx"
     systemctl reload nginx || die "nginx cannot be reloaded: journalctl -u nginx"
     say "ok: nginx passes the fleet API on port @{port}"
-    "$python" -m fedgen_app.fleet.checks server "127.0.0.1:@{port}" "$target/ca.crt" || die "nginx does not answer as it should"
+    "$python" -P -m fedgen_app.fleet.checks server "127.0.0.1:@{port}" "$target/ca.crt" || die "nginx does not answer as it should"

@@ -1,0 +1,195 @@
+"""Is this machine fit for its part? Each finding says what is there, and how to mend what is wrong."""
+
+from __future__ import annotations
+
+import email.utils
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from fedgen_app.errors import FedgenError
+from fedgen_app.fleet.checks import server_days_left
+from fedgen_app.settings import looks_like_path
+
+LIBRARIES = ("torch", "transformers", "peft", "safetensors", "datasets")
+SIMULATION = ("ray", "flwr-datasets", "scikit-learn", "matplotlib")
+LEAST_DISK = 2 * 1000**3  # bytes; caches, checkpoints and a run's adapters
+LEAST_DAYS = 14
+# What Flower's node authentication takes: 5 s ahead, 305 s behind.
+AHEAD, BEHIND = 5.0, 305.0
+PROCESS = 1000**3  # bytes: Python with torch, transformers and peft, and Flower's own process beside it
+TIMEOUT = 10.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        fix: How to mend it, where it is not as it should be.
+    """
+
+    what: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
+def versions(simulation: bool) -> Iterator[Finding]:
+    """Python, Flower and the libraries."""
+    python = platform.python_version()
+    yield Finding("python", sys.version_info >= (3, 11), python, "install Python 3.11 or newer")
+    for name in ("flwr", *LIBRARIES, *(SIMULATION if simulation else ())):
+        extra = "[sim]" if name in SIMULATION else ""
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, False, "not installed", f"{sys.executable} -m pip install 'fedgen-edge{extra}'")
+            continue
+        fits = name != "flwr" or found.startswith("1.41.")
+        yield Finding(name, fits, found, f"{sys.executable} -m pip install 'flwr>=1.41,<1.42'")
+
+
+def hardware() -> Iterator[Finding]:
+    """CPU, and the GPU by a kernel that is really launched."""
+    import torch
+
+    from fedgen_app.learning.backbone import computes_bfloat16
+
+    cpu = torch.device("cpu")
+    half = "native" if computes_bfloat16(cpu) else "emulated: dtype = auto takes float32"
+    yield Finding("cpu", True, f"{platform.machine()}, {os.cpu_count()} cores, bfloat16 {half}")
+    tegra = "tegra" in platform.release() or Path("/etc/nv_tegra_release").exists()
+    yield gpu(tegra)
+
+
+def gpu(tegra: bool) -> Finding:
+    """Whether CUDA computes; on a Jetson (``tegra``) the usual wheels are found and then fail at the first kernel."""
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "none that torch sees"
+        fix = "install torch from the wheels that NVIDIA makes for this JetPack" if tegra else ""
+        return Finding("gpu", not tegra, f"{why}; training is on the CPU", fix)
+    name = torch.cuda.get_device_name()
+    try:
+        value = float((torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")).sum())
+    except RuntimeError as error:
+        source = "the wheels that NVIDIA makes for this JetPack" if tegra else "one whose CUDA fits this driver"
+        return Finding(
+            "gpu", False, f"{name}: no kernel runs: {str(error).splitlines()[0]}", f"install torch from {source}"
+        )
+    return Finding("gpu", value == 64**3, f"{name}, a kernel ran", "the GPU computes wrongly: see the system's log")
+
+
+def memory(backbone: Path | None, allowed: int) -> Finding:
+    """Free memory against the least that training takes: the weights, held once, and the processes."""
+    free = psutil.virtual_memory().available
+    weights = sum(file.stat().st_size for file in backbone.rglob("*.safetensors")) if backbone else 0
+    needed = weights + PROCESS
+    detail = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed before activations"
+    if allowed and allowed < weights:
+        return Finding(
+            "memory", False, f"memory = {allowed}, the weights alone have {weights}", "take a smaller backbone"
+        )
+    return Finding("memory", free >= needed, detail, "end other programs, or take a smaller backbone")
+
+
+def disk(folder: Path) -> Finding:
+    """Free space where state is kept, and whether it can be written."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if not os.access(there, os.W_OK):
+        return Finding(
+            "disk", False, f"{there} cannot be written by this user", f"chown it to the user that runs this: {there}"
+        )
+    return Finding("disk", free >= LEAST_DISK, f"{free / 1e9:.1f} GB free at {there}", "delete old runs and caches")
+
+
+def backbone_there(source: str, task: str) -> Finding:
+    """Whether the backbone lies here, and its fingerprint."""
+    if not looks_like_path(source):
+        return Finding("backbone", True, f"{source or 'as the run says'}: no folder of this machine")
+    from fedgen_app.fleet.pack import fingerprint_of
+
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return Finding(
+            "backbone", False, f"{source}: no such folder", f"fedgen backbone pull URL --to {source} --key FILE"
+        )
+    try:
+        return Finding("backbone", True, f"{source}: {fingerprint_of(folder.resolve(), task)}")
+    except FedgenError as error:
+        return Finding("backbone", False, str(error), f"fedgen backbone pull URL --to {source} --key FILE --replace")
+
+
+def server(address: str, ca: Path) -> Iterator[Finding]:
+    """The server's port, its certificate's days, and this machine's clock against the server's."""
+    try:
+        days = server_days_left(address, ca)
+    except FedgenError as error:
+        yield Finding(
+            "server", False, str(error), "is the server up, its port open, and this ca.crt of the same fleet?"
+        )
+        return
+    yield Finding("server", days >= LEAST_DAYS, f"{address} answers, {days} days left", "fedgen provision ... --renew")
+    yield clock(address, ca)
+
+
+def clock(address: str, ca: Path) -> Finding:
+    """How far this clock is from the server's, as its ``Date`` tells, to a second."""
+    import ssl
+
+    try:
+        answer = httpx.get(f"https://{address}/", verify=ssl.create_default_context(cafile=str(ca)), timeout=TIMEOUT)
+        theirs = email.utils.parsedate_to_datetime(answer.headers["Date"])
+    except (httpx.HTTPError, KeyError, ValueError) as error:
+        return Finding("clock", False, f"the server does not tell the time: {type(error).__name__}", "look at its log")
+    ahead = (datetime.now(UTC) - theirs).total_seconds()
+    fits = -BEHIND < ahead < AHEAD
+    return Finding(
+        "clock", fits, f"{math.floor(abs(ahead))} s {'ahead' if ahead > 0 else 'behind'}", "timedatectl set-ntp true"
+    )
+
+
+def data_there(source: str) -> Finding:
+    """Whether the device's data can be read."""
+    place = Path(source)
+    readable = place.exists() and os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0))
+    detail = "can be read" if readable else "cannot be read by this user, or is not there"
+    return Finding(
+        "data", readable, f"{source}: {detail}", f"let the group of the user read it: chmod -R g+rX {source}"
+    )
+
+
+def device(node: dict[str, Any], address: str, ca: Path | None, task: str) -> Iterator[Finding]:
+    """All findings of a device."""
+    from fedgen_app.federation.consent import policy_of
+
+    yield from versions(simulation=False)
+    yield from hardware()
+    source = str(node.get("backbone", ""))
+    folder = Path(source).expanduser() if looks_like_path(source) and Path(source).expanduser().is_dir() else None
+    yield memory(folder, int(node.get("memory", 0)))
+    yield disk(Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser())
+    yield backbone_there(source, task)
+    if "data" in node:
+        yield data_there(str(node["data"]))
+    try:
+        policy_of(node)
+        yield Finding("policy", True, str(node.get("policy", "none: all is allowed")))
+    except FedgenError as error:
+        yield Finding("policy", False, str(error), "mend the file; until then this device agrees to nothing")
+    if address and ca:
+        yield from server(address, ca)

@@ -1,0 +1,144 @@
+"""What `fedgen doctor` finds on this machine, and what it says where something is wrong."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import shutil
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import command, tiny_data, tiny_model
+
+from fedgen_app.fleet import certificates, doctor
+from fedgen_app.fleet.pack import fingerprint_of
+from fedgen_app.fleet.render import toml
+
+
+@contextmanager
+def superlink(folder: Path, ahead: float = 0.0, days: int = 90) -> Iterator[tuple[str, Path]]:
+    """Something that answers over TLS with a clock of its own; its address and the authority's certificate."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response_only(404)
+            self.send_header("Date", email.utils.formatdate(time.time() + ahead, usegmt=True))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    ca_key, key = certificates.new_key(), certificates.new_key()
+    ca = certificates.authority(ca_key, "test", 3650)
+    (folder / "ca.crt").write_bytes(ca)
+    (folder / "server.pem").write_bytes(key + certificates.server_certificate(ca, ca_key, key, ["localhost"], days))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem")
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_address[1]}", folder / "ca.crt"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def by_name(findings: list[doctor.Finding]) -> dict[str, doctor.Finding]:
+    return {finding.what: finding for finding in findings}
+
+
+def node(folder: Path, **changes: Any) -> Path:
+    config = {"client-id": "a", "data": str(tiny_data()), "backbone": str(tiny_model()), "state-dir": str(folder / "s")}
+    file = folder / "node.toml"
+    file.write_text(toml(config | changes), encoding="utf-8")
+    return file
+
+
+def test_a_device_that_is_fit(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("max-epochs = 3\n")
+    config = node(tmp_path, policy=str(tmp_path / "policy.toml"))
+    with superlink(tmp_path) as (address, ca):
+        ended = command("doctor", "device", "--node", config, "--server", address, "--ca", ca, "--json")
+    found = {entry["what"]: entry for entry in json.loads(ended.out)}
+    assert ended.status == 0 and all(entry["ok"] for entry in found.values())
+    assert {"python", "flwr", "cpu", "gpu", "memory", "disk", "backbone", "data", "policy", "server", "clock"} <= set(
+        found
+    )
+    assert torch.__version__.startswith(found["torch"]["detail"])
+    assert found["backbone"]["detail"].endswith(fingerprint_of(tiny_model(), "language"))
+    assert "89 days left" in found["server"]["detail"]
+    assert "ray" not in found
+
+
+def test_a_device_that_is_not(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("max-epochs = 'all'\n")
+    config = node(tmp_path, policy=str(tmp_path / "policy.toml"), data="/no/data", backbone="/no/backbone")
+    with superlink(tmp_path, ahead=-30, days=5) as (address, ca):
+        ended = command("doctor", "device", "--node", config, "--server", address, "--ca", ca)
+    assert ended.status == 1
+    bad = {line.split(":")[0].removeprefix("BAD  ") for line in ended.out.splitlines() if line.startswith("BAD")}
+    assert bad == {"backbone", "data", "policy", "server", "clock"}
+    assert ended.out.count("     -> ") == len(bad)
+    assert "fedgen backbone pull URL --to /no/backbone" in ended.out
+
+
+@pytest.mark.parametrize(("ahead", "fits"), [(0, True), (200, True), (400, False), (-20, False)])
+def test_the_clock_is_held_against_what_flower_takes(ahead: float, fits: bool, tmp_path: Path) -> None:
+    # A server whose clock is ahead: ours is behind, of which Flower takes more.
+    with superlink(tmp_path, ahead) as (address, ca):
+        assert doctor.clock(address, ca).ok is fits
+
+
+def test_a_server_that_is_none(tmp_path: Path) -> None:
+    with superlink(tmp_path) as (address, ca):
+        pass
+    found = list(doctor.server(address, ca))
+    assert [finding.ok for finding in found] == [False] and "cannot be reached" in found[0].detail
+    (tmp_path / "other").mkdir()
+    with superlink(tmp_path) as (address, _), superlink(tmp_path / "other") as (_, other):
+        assert "its certificate is refused" in next(doctor.server(address, other)).detail
+
+
+def test_a_damaged_backbone_is_found(tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model(), tmp_path / "model")
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
+    found = doctor.backbone_there(str(model), "language")
+    assert not found.ok and "damaged" in found.detail and "--replace" in found.fix
+
+
+def test_a_jetson_without_its_own_torch_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert doctor.gpu(tegra=False).ok
+    found = doctor.gpu(tegra=True)
+    assert not found.ok and "NVIDIA makes for this JetPack" in found.fix
+
+
+def test_too_little_memory() -> None:
+    assert not doctor.memory(tiny_model(), 1000).ok
+    assert doctor.memory(tiny_model(), 10**9).detail.endswith("GB needed before activations")
+
+
+def test_options_that_do_not_fit(tmp_path: Path) -> None:
+    assert command("doctor", "server", "--server", "x:1").status == 2
+    assert command("doctor", "sim", "--node", "x.toml").status == 2
+    assert command("doctor", "device", "--node", tmp_path / "none.toml").status == 2
+
+
+def test_a_laptop_that_simulates(tmp_path: Path) -> None:
+    ended = command("doctor", "sim", "--state", tmp_path, "--json")
+    found = {entry["what"]: entry for entry in json.loads(ended.out)}
+    assert found["ray"]["ok"] and found["disk"]["detail"].endswith(str(tmp_path))
+    assert ended.status == (0 if all(entry["ok"] for entry in found.values()) else 1)
