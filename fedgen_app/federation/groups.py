@@ -29,6 +29,7 @@ class Groups:
         examples: How much each cluster weighs in the global adapter.
         kinship: How similar each cluster is to each other one; absent: nothing is known, all are alike.
         centroids: The direction of each cluster's encoded requirements, where it is formed by them.
+        space: The mark of the space of the centroids: which encoder, which key (``requirement.space_of``).
         clustered: Whether clients have been told apart yet.
         free: The first number that no cluster ever had.
     """
@@ -39,6 +40,7 @@ class Groups:
     examples: Mapping[int, float] = field(default_factory=dict)
     kinship: Mapping[tuple[int, int], float] = field(default_factory=dict)
     centroids: Mapping[int, Numbers] = field(default_factory=dict)
+    space: str = ""
     clustered: bool = False
     free: int = 1
 
@@ -74,6 +76,7 @@ class Groups:
                 "where": [[client, cluster] for client, cluster in self.where.items()],
                 "examples": [[cluster, count] for cluster, count in self.examples.items()],
                 "kinship": [[one, other, value] for (one, other), value in self.kinship.items()],
+                "space": self.space,
                 "free": self.free,
             }
         }
@@ -96,6 +99,7 @@ class Groups:
             examples={cluster: count for cluster, count in known["examples"]},
             kinship={(one, other): value for one, other, value in known["kinship"]},
             centroids={int(key): tensor.double().numpy() for key, tensor in parts.get("centroids", {}).items()},
+            space=known.get("space", ""),
             clustered=True,
             free=known["free"],
         )
