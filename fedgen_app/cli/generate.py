@@ -1,4 +1,4 @@
-"""``fedgen generate``: let a run's model write or draw, with the global, a personal or clusters' adapters, or with none."""
+"""``fedgen generate``: let a run's model write or draw, with the global, a personal or clusters' adapters, or none."""
 
 from __future__ import annotations
 
