@@ -55,7 +55,7 @@ def cluster_of(folder: Path) -> dict[str, int]:
 
 
 def test_one_cluster_with_all_weight_is_that_cluster(run: Path) -> None:
-    asked = ["generate", run, "--prompt", "the sea", "--prompt", "the judge", "--length", "16"]
+    asked: list[str | Path] = ["generate", run, "--prompt", "the sea", "--prompt", "the judge", "--length", "16"]
     said = {name: command(*asked, *options) for name, options in (
         ("cluster", ["--cluster", "1"]),
         ("mixed", ["--mix", "1:3,0:0"]),
@@ -89,7 +89,7 @@ def test_auto_finds_the_cluster_of_wordings_that_nobody_sent(run: Path) -> None:
 
 def test_a_key_in_use_leaves_explicit_weights_to_those_without_it(secret: tuple[Path, Path]) -> None:
     folder, key = secret
-    auto = ["generate", folder, "--prompt", sentences("sea", 1, 91)[0], "--length", "1", "--mix", "auto"]
+    auto: list[str | Path] = ["generate", folder, "--prompt", sentences("sea", 1, 91)[0], "--length", "1", "--mix", "auto"]
     refused = command(*auto)
     assert refused.status == 2 and "secret key" in refused.err and "--cluster-key FILE" in refused.err
     assert command(*auto[:-1], "0:0.5,1:0.5").status == 0
