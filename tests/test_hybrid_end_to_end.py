@@ -89,7 +89,8 @@ def test_auto_finds_the_cluster_of_wordings_that_nobody_sent(run: Path) -> None:
 
 def test_a_key_in_use_leaves_explicit_weights_to_those_without_it(secret: tuple[Path, Path]) -> None:
     folder, key = secret
-    auto: list[str | Path] = ["generate", folder, "--prompt", sentences("sea", 1, 91)[0], "--length", "1", "--mix", "auto"]
+    prompt = sentences("sea", 1, 91)[0]
+    auto: list[str | Path] = ["generate", folder, "--prompt", prompt, "--length", "1", "--mix", "auto"]
     refused = command(*auto)
     assert refused.status == 2 and "secret key" in refused.err and "--cluster-key FILE" in refused.err
     assert command(*auto[:-1], "0:0.5,1:0.5").status == 0

@@ -29,9 +29,9 @@ class Groups:
         examples: How much each cluster weighs in the global adapter.
         kinship: How similar each cluster is to each other one; absent: nothing is known, all are alike.
         centroids: The direction of each cluster's encoded requirements, where it is formed by them.
-        space: The mark of the space of the centroids: which encoder, which key (``requirement.space_of``).
         clustered: Whether clients have been told apart yet.
         free: The first number that no cluster ever had.
+        space: The mark of the space of the centroids: which encoder, which key (``requirement.space_of``).
     """
 
     states: Mapping[int, GlobalState]
@@ -40,9 +40,9 @@ class Groups:
     examples: Mapping[int, float] = field(default_factory=dict)
     kinship: Mapping[tuple[int, int], float] = field(default_factory=dict)
     centroids: Mapping[int, Numbers] = field(default_factory=dict)
-    space: str = ""
     clustered: bool = False
     free: int = 1
+    space: str = ""
 
     @classmethod
     def single(cls, state: GlobalState) -> Groups:
