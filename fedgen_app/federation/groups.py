@@ -31,6 +31,7 @@ class Groups:
         centroids: The direction of each cluster's encoded requirements, where it is formed by them.
         clustered: Whether clients have been told apart yet.
         free: The first number that no cluster ever had.
+        space: The mark of the space of the centroids: which encoder, which key (``requirement.space_of``).
     """
 
     states: Mapping[int, GlobalState]
@@ -41,6 +42,7 @@ class Groups:
     centroids: Mapping[int, Numbers] = field(default_factory=dict)
     clustered: bool = False
     free: int = 1
+    space: str = ""
 
     @classmethod
     def single(cls, state: GlobalState) -> Groups:
@@ -74,6 +76,7 @@ class Groups:
                 "where": [[client, cluster] for client, cluster in self.where.items()],
                 "examples": [[cluster, count] for cluster, count in self.examples.items()],
                 "kinship": [[one, other, value] for (one, other), value in self.kinship.items()],
+                "space": self.space,
                 "free": self.free,
             }
         }
@@ -96,6 +99,7 @@ class Groups:
             examples={cluster: count for cluster, count in known["examples"]},
             kinship={(one, other): value for one, other, value in known["kinship"]},
             centroids={int(key): tensor.double().numpy() for key, tensor in parts.get("centroids", {}).items()},
+            space=known.get("space", ""),
             clustered=True,
             free=known["free"],
         )

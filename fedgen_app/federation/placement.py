@@ -97,7 +97,7 @@ class Placement:
         return groups
 
     def _by_prompts(self, number: int, groups: Groups, again: bool) -> Groups:
-        vectors, wanted = self._vectors(), self.settings.clusters
+        (vectors, space), wanted = self._vectors(), self.settings.clusters
         if not groups.clustered and wanted.noise:
             spent = epsilon(wanted.noise, wanted.delta)
             self._report("noise", sigma=wanted.noise, epsilon=spent, delta=wanted.delta)
@@ -105,7 +105,7 @@ class Placement:
             clients = tuple(in_order(vectors))
             rows = np.stack([vectors[client] for client in clients])
             divided = self.divide(number, groups, Seen(clients, rows @ rows.T))
-            return self._centred(divided, vectors)
+            return replace(self._centred(divided, vectors), space=space)
         fresh = [client for client in in_order(vectors) if client not in groups.where]
         if not fresh:
             return groups
@@ -113,8 +113,8 @@ class Placement:
         where |= {client: clustering.nearest(vectors[client], groups.centroids) for client in fresh}
         return self._moved(number, groups, where)
 
-    def _vectors(self) -> dict[ClientId, Numbers]:
-        """The encoded requirements that can be compared: those of the space in which most clients are.
+    def _vectors(self) -> tuple[dict[ClientId, Numbers], str]:
+        """The encoded requirements that can be compared: those of the space in which most clients are, and its mark.
 
         Raises:
             RunError: nobody sent one.
@@ -133,7 +133,7 @@ class Placement:
                 self._leave_aside(client, members[client].unplaced)
             elif sent[client].space != space:
                 self._leave_aside(client, f"another encoder or key than {counts[space]} others have")
-        return {client: sent[client].vector for client in sent if sent[client].space == space}
+        return {client: sent[client].vector for client in sent if sent[client].space == space}, space
 
     def _leave_aside(self, client: ClientId, reason: str) -> None:
         if client not in self._told:

@@ -44,9 +44,18 @@ def facts_of(me: Participant, task: Task, backbone: Backbone) -> dict[str, str |
     sent = _with_noise(me, clean)
     if key:
         sent = sent @ protection.rotation(key, len(sent)).T
-    known = (mark_of(me.settings, backbone, me.encoder), protection.key_mark(key) if key else "", len(sent))
-    space = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+    space = space_of(mark_of(me.settings, backbone, me.encoder), key, len(sent))
     return {REQUIREMENT: [float(number) for number in sent.astype(np.float32)], SPACE: space}
+
+
+def space_of(encoder: str, key: bytes, width: int) -> str:
+    """Sixteen hex digits that tell whether two vectors can be compared: one encoder, one key or none, one width.
+
+    Args:
+        encoder: Its mark (``encoder.mark_of``).
+    """
+    known = (encoder, protection.key_mark(key) if key else "", width)
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
 def _with_noise(me: Participant, clean: Numbers) -> Numbers:

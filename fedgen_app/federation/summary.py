@@ -64,7 +64,9 @@ def clusters_of(
 
 
 def keep_clusters(folder: Path, groups: Groups) -> None:
-    """map.json (clients by cluster, how similar clusters are), centroids.safetensors; no folder of a vanished cluster.
+    """map.json (clients by cluster, how similar they are, the centroids' space) and centroids.safetensors.
+
+    No folder of a vanished cluster stays.
 
     The centroids lie in the space that the devices' key turns them into, where there is one.
     """
@@ -76,6 +78,7 @@ def keep_clusters(folder: Path, groups: Groups) -> None:
         "clusters": {str(cluster): groups.members(cluster) for cluster in sorted(groups.states)},
         "examples": {str(cluster): count for cluster, count in groups.examples.items()},
         "similarity": [[one, other, value] for (one, other), value in sorted(groups.kinship.items())],
+        "space": groups.space,
     }
     write_atomic(folder / MAP, to_json(facts))
     if groups.centroids:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fedgen_app.data.partition import Partition
+from fedgen_app.learning.mixture import Rows, unmixed
 from fedgen_app.settings import LoraSettings, Settings
 
 if TYPE_CHECKING:
@@ -90,6 +91,16 @@ class Sample:
     content: Any
 
 
+class Sampler(Protocol):
+    """Generates one thing per prompt."""
+
+    def __call__(
+        self, settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int, rows: Rows = unmixed
+    ) -> list[Sample]:
+        """In the order of the prompts; ``rows`` chooses each sample's mixture of adapters (``mixture.active``)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Render:
     """How samples become a file: its ending, its bytes, and whether a terminal can show them."""
@@ -124,7 +135,7 @@ class Task:
         requirements: What a client wants, in words that never leave it: a device's own prompts (``Share.prompts``, else
             prompts.txt in its folder), in a simulation its captions or the beginnings of its documents.
         embed: Texts through the backbone's own text encoder without any adapter, (texts, width).
-        sample: Generates from the model as it is now, one thing per prompt: (settings, backbone, prompts, seed).
+        sample: Generates from the model as it is now, or with each sample's mixture of adapters, one thing per prompt.
         takes: Which of ``fedgen generate``'s options mean something: some of "prompt", "length" and "steps".
         prompts: What to generate from where the user names nothing.
         render: One file's bytes that show samples.
@@ -151,7 +162,7 @@ class Task:
     client_metrics: Callable[[Settings, Backbone], Mapping[str, tuple[str, ...]]]
     requirements: Callable[[Settings, Backbone, Share], list[str]]
     embed: Callable[[Backbone, Sequence[str]], Tensor]
-    sample: Callable[[Settings, Backbone, Sequence[str], int], list[Sample]]
+    sample: Sampler
     takes: Callable[[Backbone], frozenset[str]]
     prompts: Callable[[Settings, Backbone], tuple[str, ...]]
     render: Render

@@ -42,13 +42,20 @@ def told(pipeline: Pipeline, model: nn.Module, batch: Batch, numbers: Tensor | N
     return cast(Tensor, encoder(batch["tokens"][distinct]).last_hidden_state[place])
 
 
-def told_of(pipeline: Pipeline, model: nn.Module, texts: Sequence[str]) -> Tensor | None:
-    """What the denoiser is told of prompts; ``""`` is the empty prompt, or the class of no class."""
+def told_of(pipeline: Pipeline, model: nn.Module, texts: Sequence[str], each: bool = False) -> Tensor | None:
+    """What the denoiser is told of prompts; ``""`` is the empty prompt, or the class of no class.
+
+    Args:
+        each: A text encoder that learns sees a prompt once for every row, as rows may have adapters of their own.
+    """
     if pipeline.condition == "none":
         return None
     if pipeline.condition == "class":
         classes = [pipeline.class_of(text) if text else pipeline.class_count for text in texts]
         return torch.tensor(classes, device=pipeline.device)
+    if each and pipeline.learns_text:
+        tokens = pipeline.tokens(list(texts)).to(pipeline.device)
+        return cast(Tensor, cast(Any, model).text_encoder(tokens).last_hidden_state)
     distinct = sorted(set(texts))
     name, rows = ("tokens", pipeline.tokens) if pipeline.learns_text else ("hidden", pipeline.embed)
     numbers = torch.tensor([distinct.index(text) for text in texts], device=pipeline.device)

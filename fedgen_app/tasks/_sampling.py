@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.mixture import Rows, unmixed
 from fedgen_app.runs.progress import step_bar
 from fedgen_app.settings import SampleSettings
 from fedgen_app.tasks._denoiser import predict, told_of
@@ -57,12 +58,13 @@ def pass_seconds(backbone: Backbone, prompt: str, options: SampleSettings, side:
 
 @torch.inference_mode()
 def generate(
-    backbone: Backbone, texts: Sequence[str], seed: int, options: SampleSettings, side: int = 0
+    backbone: Backbone, texts: Sequence[str], seed: int, options: SampleSettings, side: int = 0, rows: Rows = unmixed
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """One image per prompt, (n, h, w, channels) uint8; the same whatever the batch.
 
     Args:
         side: Of the denoiser's input; 0: as it was made for.
+        rows: Which mixture of adapters acts on each image's rows (``mixture.active``); else the model is as it is.
     """
     pipeline, model = cast(Pipeline, backbone.processor), backbone.model
     model.eval()
@@ -74,21 +76,33 @@ def generate(
     finished = []
     with step_bar("generating") as on_step:
         for first in range(0, len(texts), options.batch):
-            batch = list(texts[first : first + options.batch])
+            chosen = range(first, min(first + options.batch, len(texts)))
             # With guidance both predictions come from one pass, which is faster than two of half its size.
-            told = told_of(pipeline, model, batch + [""] * len(batch) if doubled else batch)
-            scheduler = _scheduler(pipeline, options)
-            current = start[first : first + options.batch].to(pipeline.device) * scheduler.init_noise_sigma
-            for number, timestep in enumerate(scheduler.timesteps):
-                inputs = torch.cat([current, current]) if doubled else current
-                predicted = predict(pipeline, model, inputs, timestep.expand(len(inputs)), told)
-                if doubled:
-                    predicted, free = predicted.chunk(2)
-                    predicted = free + options.guidance * (predicted - free)
-                current = scheduler.step(predicted, timestep, current).prev_sample
-                on_step(first + len(batch) * (number + 1) // len(scheduler.timesteps), len(texts))
+            with rows([*chosen, *chosen] if doubled else chosen):
+                batch = [texts[number] for number in chosen] + ([""] * len(chosen) if doubled else [])
+                told = told_of(pipeline, model, batch, each=rows is not unmixed)
+                for done, latest in _steps(backbone, start[first : chosen.stop], told, options):
+                    current = latest
+                    on_step(first + int(len(chosen) * done), len(texts))
             finished.append(_to_pixels(pipeline, current))
     return np.concatenate(finished)
+
+
+def _steps(
+    backbone: Backbone, noise: Tensor, told: Tensor | None, options: SampleSettings
+) -> Iterator[tuple[float, Tensor]]:
+    """The share of the steps that is done, and the inputs after it; with guidance ``told`` is twice as long."""
+    pipeline, doubled = cast(Pipeline, backbone.processor), guided(cast(Pipeline, backbone.processor), options)
+    scheduler = _scheduler(pipeline, options)
+    current = noise.to(pipeline.device) * scheduler.init_noise_sigma
+    for number, timestep in enumerate(scheduler.timesteps):
+        inputs = torch.cat([current, current]) if doubled else current
+        predicted = predict(pipeline, backbone.model, inputs, timestep.expand(len(inputs)), told)
+        if doubled:
+            predicted, free = predicted.chunk(2)
+            predicted = free + options.guidance * (predicted - free)
+        current = scheduler.step(predicted, timestep, current).prev_sample
+        yield (number + 1) / len(scheduler.timesteps), current
 
 
 def _to_pixels(pipeline: Pipeline, current: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import Backbone, facts_of
+from fedgen_app.learning.mixture import Rows, unmixed
 from fedgen_app.learning.task import Examples, Loaded, Sample
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
@@ -146,7 +147,9 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
 
 
 @torch.inference_mode()
-def generate(backbone: Backbone, draws: Draws, texts: Sequence[str], seed: int) -> NDArray[np.uint8]:
+def generate(
+    backbone: Backbone, draws: Draws, texts: Sequence[str], seed: int, rows: Rows = unmixed
+) -> NDArray[np.uint8]:
     """One image per class name, or per empty text without classes, (n, h, w, channels) uint8; the same for one seed."""
     known, model = facts(backbone), backbone.model
     model.eval()
@@ -156,15 +159,18 @@ def generate(backbone: Backbone, draws: Draws, texts: Sequence[str], seed: int) 
     parts = []
     for chosen in torch.split(torch.arange(len(texts)), AT_ONCE):
         told = None if numbers is None else numbers[chosen].to(backbone.device)
-        images = draws(model, latents[chosen].to(backbone.device), told).float().cpu()
+        with rows(chosen.tolist()):
+            images = draws(model, latents[chosen].to(backbone.device), told).float().cpu()
         parts.append(to_uint8(images))
     return np.concatenate(parts)
 
 
-def sample(settings: Settings, backbone: Backbone, draws: Draws, texts: Sequence[str], seed: int) -> list[Sample]:
+def sample(
+    settings: Settings, backbone: Backbone, draws: Draws, texts: Sequence[str], seed: int, rows: Rows = unmixed
+) -> list[Sample]:
     """One image per class name; the same seed gives the same images."""
     facts(backbone).side_for(settings.resolution)
-    images = generate(backbone, draws, texts, derive(seed, "sample"))
+    images = generate(backbone, draws, texts, derive(seed, "sample"), rows)
     return [Sample(text, image) for text, image in zip(texts, images, strict=True)]
 
 

@@ -16,6 +16,7 @@ from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.files import write_atomic
 from fedgen_app.learning.adapters import pairs, rank_of
 from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.mixture import Rows, unmixed
 from fedgen_app.learning.task import Loaded, Render, Sample, Task
 from fedgen_app.learning.whole import WholeModel
 from fedgen_app.seeds import derive
@@ -97,10 +98,12 @@ def save_memory(model: nn.Module) -> None:
     cast(Any, model.unet if isinstance(model, Adapted) else model).enable_gradient_checkpointing()
 
 
-def sample(settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int) -> list[Sample]:
+def sample(
+    settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int, rows: Rows = unmixed
+) -> list[Sample]:
     """One image per prompt; the same seed gives the same images."""
     side = cast(Pipeline, backbone.processor).side_for(settings.resolution)
-    images = generate(backbone, texts, derive(seed, "sample"), settings.samples, side)
+    images = generate(backbone, texts, derive(seed, "sample"), settings.samples, side, rows)
     return [Sample(text, image) for text, image in zip(texts, images, strict=True)]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedgen_app.errors import SettingsError
 from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.mixture import Rows, unmixed
 from fedgen_app.learning.task import Examples, Loaded, Loss, Metrics, Render, Sample, Task
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
@@ -90,9 +91,11 @@ def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: i
     return {**found, "sliced_wasserstein": distance(backbone, examples, seed)}
 
 
-def sample(settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int) -> list[Sample]:
+def sample(
+    settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int, rows: Rows = unmixed
+) -> list[Sample]:
     """One image per class name; the same seed gives the same images."""
-    return _small.sample(settings, backbone, draws, texts, seed)
+    return _small.sample(settings, backbone, draws, texts, seed, rows)
 
 
 def export(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import Backbone, facts_of
 from fedgen_app.learning.encoder import MOST_TOKENS
+from fedgen_app.learning.mixture import Rows, unmixed
 from fedgen_app.learning.task import Batch, Examples, Loaded, Metrics, Render, Sample, Task
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
@@ -150,7 +151,9 @@ def prompts(settings: Settings, backbone: Backbone) -> tuple[str, ...]:
 
 
 @torch.inference_mode()
-def sample(settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int) -> list[Sample]:
+def sample(
+    settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int, rows: Rows = unmixed
+) -> list[Sample]:
     """One continuation per prompt, by nucleus sampling; the same seed gives the same texts.
 
     Raises:
@@ -163,17 +166,18 @@ def sample(settings: Settings, backbone: Backbone, texts: Sequence[str], seed: i
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         inputs = torch.tensor([[start_token(tokenizer), *ids]], device=backbone.device)
         torch.manual_seed(derive(seed, "sample", number))
-        output = model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=settings.samples.length,
-            do_sample=True,
-            temperature=0.8,
-            top_p=0.95,
-            top_k=0,
-            use_cache=True,
-            pad_token_id=tokenizer.eos_token_id,
-        )
+        with rows([number]):
+            output = model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=settings.samples.length,
+                do_sample=True,
+                temperature=0.8,
+                top_p=0.95,
+                top_k=0,
+                use_cache=True,
+                pad_token_id=tokenizer.eos_token_id,
+            )
         samples.append(Sample(text, tokenizer.decode(output[0, 1:], skip_special_tokens=True)))
     return samples
 
