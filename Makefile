@@ -1,5 +1,7 @@
 # The two commands of README: `make run` and `make test`. Both set up .venv first.
 PYTHON ?= python3
+# Processes that share the tests; each computes with one thread.
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: run test test-fast check clean
@@ -8,10 +10,10 @@ run: .venv/sim
 	$(BIN)/fedgen run --preset quickstart
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-fast: .venv/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow"
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

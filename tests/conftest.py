@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import settings
+
+# Several processes share the tests: more threads than cores make all of them slow. Read when torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A time limit per example says more about the machine than about the code.
 settings.register_profile("fedgen", deadline=None)
