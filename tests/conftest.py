@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A time limit per example says more about the machine than about the code. The same examples in every run: a change is
 # to be judged by itself, and not by what is drawn that day; HYPOTHESIS_PROFILE=default looks further.
 settings.register_profile("fedgen", deadline=None, derandomize=True)
-settings.load_profile("fedgen")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fedgen"))
 
 
 @pytest.fixture(autouse=True)
