@@ -70,6 +70,13 @@ def _zero_or_eight(value: int) -> int:
     return value
 
 
+def known_bits(value: int) -> int:
+    """Bits that a frozen weight can be held in; 0: as the type says."""
+    if value not in (0, 4, 8):
+        raise PydanticCustomError("bits", "should be 0, 4 or 8")
+    return value
+
+
 class Group(BaseModel):
     """Settings that share the first part of their dotted name."""
 
@@ -303,6 +310,8 @@ class Settings(Group):
     resume_round: AtLeastZero
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     device: Literal["auto", "cpu", "cuda"]
+    threads: AtLeastZero
+    backbone_bits: Annotated[int, AfterValidator(known_bits)]
     backbone: Annotated[str, Field(min_length=1)]
     backbone_revision: str
     dataset: str

@@ -25,7 +25,8 @@ import fedgen_assets
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import Adapter, Layout, layout_of, parameters
-from fedgen_app.learning.task import Task
+from fedgen_app.learning.quantised import count, held_bytes
+from fedgen_app.learning.task import Held, Task
 from fedgen_app.learning.whole import WholeModel
 from fedgen_app.settings import LoraSettings, Settings, looks_like_path
 
@@ -50,6 +51,8 @@ class Backbone:
         reference: What the export's ``base_model_name_or_path`` says: a folder or a hub id.
         fingerprint: SHA-256 over the source weights, however they are held in memory, and the configuration.
         parameters: Of the frozen model, tied weights once.
+        bits: Of each weight of the linear layers as it is held; 0: as ``dtype`` says.
+        held_bytes: What the frozen weights take in memory.
         layout: Of what learns: the adapter, or all weights.
     """
 
@@ -62,6 +65,8 @@ class Backbone:
     parameters: int
     device: torch.device
     dtype: torch.dtype
+    bits: int
+    held_bytes: int
     layout: Layout
     license: str
 
@@ -239,6 +244,8 @@ def open_backbone(settings: Settings, source: str = "", weights: Literal["adapte
         source: A device's own place of the same weights, instead of ``settings.backbone``.
         weights: What learns: an adapter beside the frozen weights, or all weights, which are then float32.
     """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     return _open(
         weights,
         settings.task,
@@ -246,6 +253,7 @@ def open_backbone(settings: Settings, source: str = "", weights: Literal["adapte
         settings.backbone_revision,
         settings.dtype,
         settings.device,
+        settings.backbone_bits,
         settings.lora.model_copy(update={"init": "", "ranks": ()}),
         settings.gradient_checkpointing,
     )
@@ -259,6 +267,7 @@ def _open(
     revision: str,
     dtype: str,
     device: str,
+    bits: int,
     lora: LoraSettings,
     checkpointing: bool,
 ) -> Backbone:
@@ -267,9 +276,9 @@ def _open(
     place = pick_device(device)
     held = pick_dtype(dtype, place) if weights == "adapter" else torch.float32
     marks = fingerprint(folder, task.weight_files(folder), task.config(folder))
-    loaded = task.load_backbone(folder, held, place, lora)
+    loaded = task.load_backbone(folder, Held(held, place, bits), lora)
     loaded.model.requires_grad_(False)
-    count = sum(p.numel() for p in loaded.model.parameters())
+    parameters_there, taken = count(loaded.model), held_bytes(loaded.model)
     if checkpointing:
         task.save_memory(loaded.model)
     on_hub = source != "bundled" and not looks_like_path(source)
@@ -285,9 +294,11 @@ def _open(
         reference=reference,
         revision=revision,
         fingerprint=marks,
-        parameters=count,
+        parameters=parameters_there,
         device=place,
         dtype=held,
+        bits=bits,
+        held_bytes=taken,
         layout=layout_of(parameters(model)),
         license=licence_of(folder),
     )

@@ -24,6 +24,20 @@ Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
+class Held:
+    """How a frozen model's weights are held.
+
+    Attributes:
+        dtype: Of the weights, and what is computed in.
+        bits: Of each weight of the linear layers; 0: as ``dtype`` says.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    bits: int = 0
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A frozen model as a task loads it, with what belongs to it (a tokenizer, a scheduler, ...)."""
 
@@ -120,7 +134,7 @@ class Task:
         weight_files: Those of a backbone's files whose weights are used.
         config: What else decides what a backbone computes (``facts_of`` its schedule, its tokenizer, ...), by name. The
             fingerprint is of both.
-        load_backbone: Reads the frozen model from a folder.
+        load_backbone: Reads the frozen model from a folder; raises SettingsError where it cannot hold it that way.
         save_memory: Makes the model compute activations again in the backward pass instead of keeping them.
         load_data: What one client owns, as rows of tensors.
         load_test: The server's own test set; None where the data set has none.
@@ -151,7 +165,7 @@ class Task:
     hub_files: tuple[str, ...]
     weight_files: Callable[[Path], list[Path]]
     config: Callable[[Path], Mapping[str, object]]
-    load_backbone: Callable[[Path, torch.dtype, torch.device, LoraSettings], Loaded]
+    load_backbone: Callable[[Path, Held, LoraSettings], Loaded]
     save_memory: Callable[[nn.Module], None]
     load_data: Callable[[Settings, Backbone, Share], LocalData]
     load_test: Callable[[Settings, Backbone], Examples | None]

@@ -16,7 +16,8 @@ from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import Backbone, facts_of
 from fedgen_app.learning.encoder import MOST_TOKENS
 from fedgen_app.learning.mixture import Rows, unmixed
-from fedgen_app.learning.task import Batch, Examples, Loaded, Metrics, Render, Sample, Task
+from fedgen_app.learning.quantised import placed
+from fedgen_app.learning.task import Batch, Examples, Held, Loaded, Metrics, Render, Sample, Task
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks._text import IGNORED, load_data, load_test, requirements, split, start_token
@@ -59,7 +60,7 @@ def lora_targets(model: nn.Module, lora: LoraSettings) -> tuple[str, ...]:
     )
 
 
-def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: LoraSettings) -> Loaded:
+def load_backbone(folder: Path, held: Held, lora: LoraSettings) -> Loaded:
     """Model and tokenizer from a folder; weights in their own type on disk are mapped, not copied.
 
     Raises:
@@ -68,7 +69,12 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: 
     cast(Any, transformers_logging).disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            folder,
+            # What is to be quantised is read as it lies on disk: mapped, and never there as a whole in a larger type.
+            dtype="auto" if held.bits else held.dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -77,7 +83,7 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: 
     if tokenizer.eos_token_id is None:
         raise BackboneError(f"{folder}: its tokenizer has no end-of-text token")
     model.config.use_cache = False
-    return Loaded(cast(nn.Module, model).to(device), tokenizer)
+    return Loaded(placed(cast(nn.Module, model), held), tokenizer)
 
 
 def config(folder: Path) -> dict[str, object]:

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.mixture import Rows, unmixed
-from fedgen_app.learning.task import Batch, Examples, Loaded, Loss, Metrics, Render, Sample, Task
+from fedgen_app.learning.task import Batch, Examples, Held, Loaded, Loss, Metrics, Render, Sample, Task
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid, _small
@@ -28,13 +28,13 @@ LEAST_DRAWS = 512  # of latents in an evaluation: a small hold-out is measured s
 MEASURED_ROWS = 64  # per forward pass of an evaluation
 
 
-def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: LoraSettings) -> Loaded:
+def load_backbone(folder: Path, held: Held, lora: LoraSettings) -> Loaded:
     """Encoder and decoder from a folder with ``config.json`` and ``model.safetensors``.
 
     Raises:
         BackboneError: the folder holds no VAE of this kind.
     """
-    return _small.open_small(VAE, folder, dtype, device)
+    return _small.open_small(VAE, folder, held)
 
 
 def log_likelihood(values: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
