@@ -6,7 +6,19 @@ import sys
 
 import typer
 
-from fedgen_app.cli import audit_prompts, backbone, doctor, generate, presets, provision, reproduce, resume, run, sweep
+from fedgen_app.cli import (
+    audit_prompts,
+    backbone,
+    doctor,
+    estimate,
+    generate,
+    presets,
+    provision,
+    reproduce,
+    resume,
+    run,
+    sweep,
+)
 from fedgen_app.errors import FedgenError
 
 app = typer.Typer(
@@ -26,6 +38,7 @@ app.command("provision")(provision.provision)
 app.command("register")(provision.register)
 app.command("doctor")(doctor.doctor)
 app.add_typer(backbone.app, name="backbone")
+app.command("estimate")(estimate.estimate)
 app.command("presets")(presets.presets)
 
 

@@ -25,7 +25,7 @@ import fedgen_assets
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import Adapter, Layout, layout_of, parameters
-from fedgen_app.learning.quantised import count, held_bytes
+from fedgen_app.learning.quantised import count, expected_bytes, held_bytes
 from fedgen_app.learning.task import Held, Task
 from fedgen_app.learning.whole import WholeModel
 from fedgen_app.settings import LoraSettings, Settings, looks_like_path
@@ -301,6 +301,43 @@ def _open(
         held_bytes=taken,
         layout=layout_of(parameters(model)),
         license=licence_of(folder),
+    )
+
+
+def outlined(
+    settings: Settings, folder: Path, task: Task, dtype: torch.dtype, weights: Literal["adapter", "model"] = "adapter"
+) -> Backbone:
+    """The backbone of a folder without its weights, on torch's meta device: shapes alone, and what they would take.
+
+    Raises:
+        BackboneError: the folder holds none.
+        SettingsError: the task cannot say.
+    """
+    if task.outline is None:
+        raise SettingsError(f"task = {settings.task!r}: what it costs is not counted beforehand")
+    held = Held(dtype, torch.device("cpu"), settings.backbone_bits)
+    with torch.device("meta"):
+        loaded = task.outline(folder, held, settings.lora)
+        loaded.model.requires_grad_(False)
+        parameters_there, taken = count(loaded.model), expected_bytes(loaded.model, held)
+        if settings.gradient_checkpointing:
+            task.save_memory(loaded.model)
+        lora = settings.lora
+        model = WholeModel(loaded.model) if weights == "model" else _with_adapter(loaded.model, task, lora)
+    return Backbone(
+        model=model,
+        processor=loaded.processor,
+        name=folder.name,
+        reference=str(folder),
+        revision="",
+        fingerprint="",
+        parameters=parameters_there,
+        device=held.device,
+        dtype=dtype,
+        bits=held.bits,
+        held_bytes=taken,
+        layout=layout_of(parameters(model)),
+        license="",
     )
 
 

@@ -50,13 +50,8 @@ def placed(model: nn.Module, held: Held) -> nn.Module:
     """
     if not held.bits:
         return model.to(held.device)
-    library, kept = _library(held.bits), _kept(model)
-    names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear and layer not in kept]
-    if not names:
-        raise BackboneError(
-            f"backbone-bits = {held.bits}: {type(model).__name__} has no linear layer that can be held in so few; use 0"
-        )
-    for name in names:
+    library = _library(held.bits)
+    for name in _taken(model, held.bits):
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, _layer(library, model.get_submodule(name), held))
     for parameter in model.parameters():
@@ -74,6 +69,21 @@ def _give_back() -> None:
     """Let the system have what rounding took for a moment; glibc would keep it, and that can be more than the model."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _taken(model: nn.Module, bits: int) -> list[str]:
+    """Names of the layers that are held in fewer bits.
+
+    Raises:
+        BackboneError: there is none.
+    """
+    kept = _kept(model)
+    names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear and layer not in kept]
+    if not names:
+        raise BackboneError(
+            f"backbone-bits = {bits}: {type(model).__name__} has no linear layer that can be held in so few; use 0"
+        )
+    return names
 
 
 def _kept(model: nn.Module) -> set[nn.Module]:
@@ -122,4 +132,19 @@ def held_bytes(model: nn.Module) -> int:
             total += sum(scale.numel() * scale.element_size() for scale in scales)
         if (rows := getattr(parameter, "SCB", None)) is not None:
             total += rows.numel() * rows.element_size()
+    return total
+
+
+def expected_bytes(model: nn.Module, held: Held) -> int:
+    """What ``held_bytes`` will be of a model that is not held yet: float32 scales of rows, or of 64 numbers each.
+
+    Those of 64 are held in 8 bits themselves, with a float32 for 256 of them.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters()) * held.dtype.itemsize
+    for name in _taken(model, held.bits) if held.bits else ():
+        layer: Any = model.get_submodule(name)
+        numbers = layer.weight.numel()
+        blocks = -(-numbers // 64)
+        scales = 4 * layer.out_features if held.bits == 8 else blocks + 4 * -(-blocks // 256)
+        total += numbers * held.bits // 8 + scales - numbers * held.dtype.itemsize
     return total

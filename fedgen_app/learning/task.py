@@ -105,6 +105,19 @@ class Sample:
     content: Any
 
 
+@dataclass(frozen=True)
+class Probe:
+    """The largest pieces of work on a backbone, to be counted and never done.
+
+    Attributes:
+        batch: One batch of training.
+        measure: One forward pass of an evaluation.
+    """
+
+    batch: Batch
+    measure: Callable[[], object]
+
+
 class Sampler(Protocol):
     """Generates one thing per prompt."""
 
@@ -158,6 +171,9 @@ class Task:
         usage: Lines of Python for the model card that load the adapter from FOLDER; ``dataset`` of the settings it is
             given is what lies on this machine.
         bundled_backbone: The name of the bundled backbone under ``fedgen_assets``; "" where there is none.
+        outline: The same model without its weights, from its configuration, on torch's default device; None: what a
+            run costs cannot be told before.
+        probe: The largest pieces of work on such a backbone.
         train: A training loop of the task's own with the arguments of ``training.train``; None: that one.
     """
 
@@ -184,4 +200,6 @@ class Task:
     export: Callable[[Path, Backbone, Mapping[str, Tensor]], None]
     usage: Callable[[Settings, Backbone], Sequence[str]]
     bundled_backbone: str
+    outline: Callable[[Path, Held, LoraSettings], Loaded] | None = None
+    probe: Callable[[Settings, Backbone], Probe] | None = None
     train: Callable[..., Any] | None = None

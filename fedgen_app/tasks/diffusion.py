@@ -23,7 +23,7 @@ from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid
 from fedgen_app.tasks._measure import check, client_metrics, evaluate
-from fedgen_app.tasks._objective import loss
+from fedgen_app.tasks._objective import loss, probe
 from fedgen_app.tasks._pictures import load_data, load_test, requirements, split
 from fedgen_app.tasks._pipeline import (
     Adapted,
@@ -31,6 +31,7 @@ from fedgen_app.tasks._pipeline import (
     config,
     load_text_encoder,
     open_pipeline,
+    outlined,
     place_of,
     weight_files,
 )
@@ -91,6 +92,18 @@ def load_backbone(folder: Path, held: Held, lora: LoraSettings) -> Loaded:
         )
     adapted = Adapted(denoiser, load_text_encoder(folder, held.dtype, held.device))
     return Loaded(placed(adapted, held), dataclasses.replace(pipeline, learns_text=True))
+
+
+def outline(folder: Path, held: Held, lora: LoraSettings) -> Loaded:
+    """The denoiser as its configuration describes it.
+
+    Raises:
+        BackboneError: the folder is no pipeline that is known here.
+        SettingsError: the text encoder is to learn too.
+    """
+    if lora.text_encoder:
+        raise SettingsError("lora.text-encoder = true: what that costs is not counted beforehand; use false")
+    return Loaded(*open_pipeline(folder, held.dtype, held.device, outlined))
 
 
 def save_memory(model: nn.Module) -> None:
@@ -218,4 +231,6 @@ TASK = Task(
     export=export,
     usage=usage,
     bundled_backbone="diffusion",
+    outline=outline,
+    probe=probe,
 )
