@@ -127,8 +127,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name, case, data in cases(options):
         said, took = in_child("expected", case, data), in_child("client", case, data)
+        error = said["peak"] / took["peak"] - 1
         print(
-            f"| {name} | {said['peak'] / 1e6:,.0f} | {took['peak'] / 1e6:,.0f} | {said['peak'] / took['peak'] - 1:+.0%} "
+            f"| {name} | {said['peak'] / 1e6:,.0f} | {took['peak'] / 1e6:,.0f} | {error:+.0%} "
             f"| {said['up']:,.0f} | {took['up']:,.0f} | {said['seconds']:.3g} | {took['seconds']:.3g} |",
             flush=True,
         )

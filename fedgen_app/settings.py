@@ -559,3 +559,8 @@ def defaults(app_dir: Path) -> dict[str, Value]:
     except (KeyError, TypeError):
         raise SettingsError(f"{app_dir}: its pyproject.toml has no [tool.flwr.app.config]") from None
     return flatten_toml(table)
+
+
+def own_defaults() -> dict[str, Value]:
+    """The defaults of this package itself, for a device, which has no app: in a checkout above it, installed in it."""
+    return defaults(next(folder for folder in (PACKAGE.parent, PACKAGE) if (folder / "pyproject.toml").is_file()))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedgen_app.cli import presets
-from fedgen_app.cli.launch import find_app
 from fedgen_app.cli.run import assignment
-from fedgen_app.settings import absolute, check, defaults
+from fedgen_app.settings import absolute, check, own_defaults
 
 
 class DeviceName(StrEnum):
@@ -25,7 +23,6 @@ class DeviceName(StrEnum):
 
 
 def estimate(
-    app_dir: Annotated[Path | None, typer.Argument(help="Folder of the Flower app; default: this one.")] = None,
     preset: Annotated[str, typer.Option(help="A preset's name (see `fedgen presets`) or a TOML file.")] = "",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated.")
@@ -35,7 +32,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Peak memory, bytes up and down and seconds per round of one client, before anything runs."""
-    config = defaults(find_app(app_dir)) | (presets.load(preset) if preset else {}) | dict(map(assignment, set_ or []))
+    config = own_defaults() | (presets.load(preset) if preset else {}) | dict(map(assignment, set_ or []))
     # Of the data only the number of rows counts, and a device's own lie elsewhere.
     settings = check(absolute(config | {"dataset": "bundled"}))
 

@@ -96,7 +96,11 @@ def measured(device: torch.device, dtype: torch.dtype) -> Device:
     """This machine, by a second of products, copies and small operations in the type that is computed in."""
 
     def ended(work: Callable[[], object]) -> Callable[[], object]:
-        return (lambda: (work(), torch.cuda.synchronize())) if device.type == "cuda" else work
+        def waited() -> None:
+            work()
+            torch.cuda.synchronize()
+
+        return waited if device.type == "cuda" else work
 
     left, right = (torch.rand(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
     big, small = torch.rand(COPIED, device=device), torch.rand(8, device=device)

@@ -138,7 +138,7 @@ def estimate(settings: Settings, source: str = "", device: str = "this", rows: i
     """
     method, task = check_method(settings), load_task(settings.task)
     place = pick_device(settings.device)
-    folder = find(source or settings.backbone, settings.backbone_revision, task)
+    folder = find(source or settings.backbone, settings.backbone_revision, task, weights=False)
     dtype = torch.float32 if method.weights == "model" else _dtype(settings, device, place)
     backbone = outlined(settings, folder, task, dtype, method.weights)
     train, measure = _costs(settings, task, method, backbone)
@@ -174,7 +174,9 @@ def _costs(settings: Settings, task: Task, method: Method, backbone: Backbone) -
         probe, loss = task.probe(settings, backbone), task.loss(settings, backbone)
         choose(backbone.model, lambda key: True)
         backbone.model.train()
-        train = counted(lambda: loss(backbone.model, probe.batch, torch.Generator()).backward(), backbone.model)
+        train = counted(
+            lambda: torch.autograd.backward(loss(backbone.model, probe.batch, torch.Generator())), backbone.model
+        )
         for parameter in parameters(backbone.model).values():
             parameter.grad = None
         backbone.model.eval()

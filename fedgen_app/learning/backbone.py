@@ -122,8 +122,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return cast(torch.dtype, getattr(torch, name))
 
 
-def find(source: str, revision: str, task: Task) -> Path:
+def find(source: str, revision: str, task: Task, weights: bool = True) -> Path:
     """The folder of a backbone: bundled, local, or fetched from the hub into its cache (no pickles, no code).
+
+    Args:
+        weights: Whether those are fetched too; else the configurations alone.
 
     Raises:
         BackboneError: the folder is not there, or the hub is out of reach.
@@ -140,8 +143,9 @@ def find(source: str, revision: str, task: Task) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    wanted = [name for name in task.hub_files if weights or name.endswith(".json")]
     try:
-        return Path(snapshot_download(source, revision=revision or None, allow_patterns=list(task.hub_files)))
+        return Path(snapshot_download(source, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise BackboneError(
             f"backbone = {source!r} (revision {revision or 'default'}): the model hub does not give it "

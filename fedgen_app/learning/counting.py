@@ -57,8 +57,9 @@ def emptied(model: nn.Module, mode: FakeTensorMode) -> None:
     before = []  # kept, so that no id is used twice
     with mode:
         for module in model.modules():
-            for store in (module._parameters, module._buffers, vars(module)):
-                for name, tensor in list(cast(dict[str, Any], store).items()):
+            stores: list[dict[str, Any]] = [cast(Any, module._parameters), cast(Any, module._buffers), vars(module)]
+            for store in stores:
+                for name, tensor in list(store.items()):
                     if not isinstance(tensor, torch.Tensor):
                         continue
                     before.append(tensor)
@@ -77,7 +78,7 @@ def counted(work: Callable[[], object], model: nn.Module) -> Cost:
     return book.cost
 
 
-class _Book(TorchDispatchMode):
+class _Book(cast(Any, TorchDispatchMode)):  # type: ignore[misc]  # torch leaves it without types
     """Books what each call of torch allocates, and what is let go."""
 
     def __init__(self, model: nn.Module) -> None:

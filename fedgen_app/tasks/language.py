@@ -129,7 +129,7 @@ def outline(folder: Path, held: Held, lora: LoraSettings) -> Loaded:
     """
     try:
         shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(shape, dtype=held.dtype, trust_remote_code=False)
+        model = cast(Any, AutoModelForCausalLM).from_config(shape, dtype=held.dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0][:300]
         raise BackboneError(f"{folder}: not a causal language model that transformers knows: {first}") from None
