@@ -24,6 +24,7 @@ from fedgen_app.federation.client import check_method, round_plan
 from fedgen_app.federation.method import Method
 from fedgen_app.fleet.devices import Device, device_of
 from fedgen_app.fleet.traffic import traffic
+from fedgen_app.learning import attention
 from fedgen_app.learning.adapters import parameters
 from fedgen_app.learning.backbone import Backbone, find, load_task, outlined, pick_device, pick_dtype
 from fedgen_app.learning.counting import Cost, counted, emptied, without_numbers
@@ -174,9 +175,12 @@ def _costs(settings: Settings, task: Task, method: Method, backbone: Backbone) -
         probe, loss = task.probe(settings, backbone), task.loss(settings, backbone)
         choose(backbone.model, lambda key: True)
         backbone.model.train()
-        train = counted(
-            lambda: torch.autograd.backward(loss(backbone.model, probe.batch, torch.Generator())), backbone.model
-        )
+
+        def step() -> None:
+            with attention.suited_to(backbone.device):  # as ``training.train`` has it
+                torch.autograd.backward(loss(backbone.model, probe.batch, torch.Generator()))
+
+        train = counted(step, backbone.model)
         for parameter in parameters(backbone.model).values():
             parameter.grad = None
         backbone.model.eval()
