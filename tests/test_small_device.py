@@ -15,14 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 ABSENT = ("ray", "torchvision", "torch_fidelity", "diffusers", "sklearn", "matplotlib", "flwr_datasets", "PIL", "scipy")
 # A client of a language run with those packages out of reach: roll call, a round, and its personal adapter.
 CLIENT = """
-import importlib.abc, json, sys
+import json, sys
+from importlib.machinery import PathFinder
 
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in set(json.loads(sys.argv[1])):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+absent = set(json.loads(sys.argv[1]))
 
-sys.meta_path.insert(0, Absent())
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in absent else PathFinder.find_spec(name, path, target)
+
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 import client_app

@@ -14,7 +14,7 @@ from fedgen_app.learning.counting import Operation
 THIS = "this"
 # Of the arithmetic and the memory peak that a data sheet gives, this much is assumed to be reached.
 REACHED = 0.5
-REPEATS, SIDE, COPIED, STARTED = 5, 768, 8_000_000, 2000
+REPEATS, SIDE, COPIED, STARTED = 12, 768, 8_000_000, 2000
 
 
 @dataclass(frozen=True)
