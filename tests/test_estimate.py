@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import command, federate, tiny_config, tiny_model, tiny_settings
 from networks import network_settings
-from pipelines import image_settings
+from pipelines import MAKERS, image_settings
 from torch import nn
 
 from fedgen_app.errors import BackboneError, SettingsError
@@ -77,7 +77,7 @@ def test_the_outline_is_the_model_that_is_loaded(bits: int) -> None:
     assert outline.held_bytes == there.held_bytes
 
 
-@pytest.mark.parametrize("kind", ["none", "class", "text", "latent", "dit"])
+@pytest.mark.parametrize("kind", sorted(MAKERS))
 def test_denoisers_have_outlines_too(kind: str) -> None:
     settings = image_settings(kind)
     there = open_backbone(settings)
@@ -105,7 +105,8 @@ def test_the_bytes_are_those_of_a_run(method: str, tmp_path: Path) -> None:
 
 def test_more_of_everything_takes_more() -> None:
     usual = estimate(tiny_settings(), device="laptop")
-    assert estimate(tiny_settings(batch_size=8), device="laptop").memory.step > 1.5 * usual.memory.step
+    wide, wider = (estimate(tiny_settings(batch_size=n), device="laptop").memory.step for n in (200, 400))
+    assert 1.9 * wide < wider < 2.1 * wide and usual.memory.step < wide  # where measuring takes less than a batch
     assert estimate(tiny_settings(lora__rank=8), device="laptop").memory.adapter == 2 * usual.memory.adapter
     assert estimate(tiny_settings(sequence_length=64), device="laptop").flops_per_step > 1.9 * usual.flops_per_step
     assert usual.memory.peak == sum(vars(usual.memory).values())
