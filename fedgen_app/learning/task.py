@@ -138,9 +138,8 @@ class Stages:
     """``Task.sample`` cut into stages that may happen on two machines; one after the other they are ``sample``.
 
     Attributes:
+        hides: Whether an encoded prompt is something else than the prompt itself, which the number of a class is not.
         shapes: What travels between them.
-
-            Raises ``SettingsError``: this backbone's prompts cannot be encoded without being plain.
         encode: Prompts as the model is told them, (texts, *shapes.prompt), with the adapter that is in the model.
         noise: What so many things begin as, by the seed that ``sample`` takes.
         advance: Some of the steps.
@@ -149,6 +148,7 @@ class Stages:
         unpack: The inverse, of so many things. Raises ``DataError``.
     """
 
+    hides: Callable[[Backbone], bool]
     shapes: Callable[[Settings, Backbone], Shapes]
     encode: Callable[[Backbone, Sequence[str]], Tensor]
     noise: Callable[[Settings, Backbone, int, int], Tensor]

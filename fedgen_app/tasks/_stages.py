@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fedgen_app.errors import DataError, SettingsError
+from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.mixture import Rows, unmixed
 from fedgen_app.learning.task import Shapes, Stages
@@ -22,15 +22,14 @@ from fedgen_app.tasks._denoiser import told_of
 from fedgen_app.tasks._pipeline import Pipeline
 
 
-def shapes(settings: Settings, backbone: Backbone) -> Shapes:
-    """Hidden states of a prompt, and the denoiser's input.
+def hides(backbone: Backbone) -> bool:
+    """Whether the denoiser is told hidden states: the number of a class is the word itself."""
+    return cast(Pipeline, backbone.processor).condition == "text"
 
-    Raises:
-        SettingsError: the denoiser is told no text: the number of a class is the word itself.
-    """
+
+def shapes(settings: Settings, backbone: Backbone) -> Shapes:
+    """Hidden states of a prompt, and the denoiser's input."""
     pipeline = cast(Pipeline, backbone.processor)
-    if pipeline.condition != "text":
-        raise SettingsError("this backbone is told no text that could be encoded")
     side = pipeline.side_for(settings.resolution)
     prompt = tuple(encode(backbone, [""]).shape[1:])
     return Shapes(prompt, (pipeline.channels, side, side), len(pipeline.noise))
@@ -96,4 +95,4 @@ def unpack(settings: Settings, backbone: Backbone, data: bytes, count: int) -> l
     return list(column)
 
 
-STAGES = Stages(shapes, encode, noise, advance, finish, pack, unpack)
+STAGES = Stages(hides, shapes, encode, noise, advance, finish, pack, unpack)
