@@ -28,8 +28,8 @@ BACKBONE, SPACE, SEED, STEPS, GUIDANCE, SAMPLER, DONE = (
     *("guidance", "sampler", "done"),
 )
 SAMPLERS = ("ddim", "dpm-solver")
-WHOLE = re.compile(r"0|[1-9]\d{0,18}")
-DECIMAL = re.compile(r"\d{1,4}(\.\d{1,17})?")
+WHOLE = re.compile(r"0|[1-9]\d{0,18}", re.ASCII)
+DECIMAL = re.compile(r"\d{1,4}(\.\d{1,17})?", re.ASCII)
 OFF = 1e-3  # by how much a direction's length may differ from 1
 MOST_GUIDANCE = 100.0
 

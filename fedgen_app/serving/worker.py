@@ -83,6 +83,8 @@ class Worker:
                 for job in batch:
                     job.answer.set_exception(ServiceError(500, "the request could not be carried out"))
             else:
+                if batch[0].ask.kind != "adapters":
+                    self._metrics.add("images_total", sum(len(job.ask.mixtures) for job in batch))
                 for job, answer in zip(batch, answers, strict=True):
                     job.answer.set_result(answer)
             self._metrics.add("busy_seconds_total", time.perf_counter() - began)
