@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -42,17 +43,21 @@ CLUSTERS: dict[str, Value] = {
 }
 
 
-@functools.cache
 def image_run(learns_text: bool = False) -> Path:
     """Three clusters of a tiny generator, made once."""
+    return _image_run(learns_text)
+
+
+@functools.cache
+def _image_run(learns_text: bool) -> Path:
     folder = workspace() / f"served-images-{learns_text}"
     changes: dict[str, Value] = {
         **CLUSTERS,
         "dataset": "bundled:styles",
         "metrics__samples": 0,
         "test_sequences": 8,
-        "max_steps": 6,
-        "personal__max_steps": 3,
+        "max_steps": 3,
+        "personal__max_steps": 1,
         "resolution": 16,
         "samples__steps": 6,
         "samples__guidance": 3.0,
@@ -153,3 +158,34 @@ def asked_of(engine: Engine, text: str = "a photo of a disc", **facts: str) -> b
     assert engine.task.stages is not None
     encoded = engine.task.stages.encode(engine.backbone, [text])
     return image_body({asks.PROMPT: encoded}, fingerprint=engine.backbone.fingerprint, **facts)
+
+
+class Wire:
+    """A listener on this machine that passes everything on to a service and keeps it, both ways."""
+
+    def __init__(self, to: str) -> None:
+        self.target = ("127.0.0.1", int(to.rpartition(":")[2]))
+        self.seen = bytearray()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.threads = [threading.Thread(target=self._accept, daemon=True)]
+        self.threads[0].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near, far = self.listener.accept()[0], socket.create_connection(self.target)
+                for source, sink in ((near, far), (far, near)):
+                    self.threads.append(threading.Thread(target=self._pass_on, args=(source, sink), daemon=True))
+                    self.threads[-1].start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(65536):
+                self.seen += piece
+                sink.sendall(piece)
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self.listener.close()

@@ -25,6 +25,8 @@ from fedgen_app.serving import asks, body
 from fedgen_app.serving.engine import scaling
 from fedgen_app.serving.guard import Limits
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Listening]:

@@ -80,7 +80,8 @@ def generate(
     if cluster_key is not None and None not in (far.mixes if far else wanted):
         raise SettingsError(f"--cluster-key {cluster_key}: serves --mix auto alone")
     file = adapter / "adapter_model.safetensors" if adapter else adapter_file(folder, client, cluster)
-    if not (frozen or mix or far) and not file.is_file() or adapter and not file.is_file():
+    needed = bool(adapter) or not frozen and (remote.needs_adapter(far, settings) if far else not mix)
+    if needed and not file.is_file():
         there = ", ".join(adapters_in(folder)) or f"none before its end; to go on with it: fedgen resume {folder}"
         raise SettingsError(f"{file}: no such adapter in this run; there are {there}")
 
@@ -99,7 +100,7 @@ def generate(
         mixtures = _mixtures(settings, task, opened, own, wanted, folder / "clusters", cluster_key)
         samples = _mixed(*arguments, task, [m for m in mixtures for _ in range(count)], folder / "clusters")
     else:
-        if not frozen and (file.is_file() or remote.needs_adapter(far, settings)):
+        if needed:
             adapters.write(opened.model, adapters.load_adapter(file))
         with opened.model.disable_adapter() if frozen else contextlib.nullcontext():
             if far:

@@ -97,6 +97,6 @@ def asked(
     return Via(via, split, tokens[0] if tokens else "", ca, mixes)
 
 
-def needs_adapter(via: Via | None, settings: Settings) -> bool:
+def needs_adapter(via: Via, settings: Settings) -> bool:
     """Whether the device's own adapter plays a part: it finishes images, or its text encoder has learned."""
-    return via is None or bool(via.split) or settings.lora.text_encoder
+    return bool(via.split) or settings.lora.text_encoder
