@@ -122,7 +122,7 @@ def measure(run: Path, url: str, token: str, args: argparse.Namespace) -> dict[s
 def table(found: Mapping[str, Sequence[Mapping[str, float]]], steps: int, images: int) -> str:
     """Markdown: ratios to all steps on the device, turn by turn."""
     lines = [
-        "| way | time, ratio (lowest to highest) | time in which the device computes, ratio | sent, kB | received, kB |",
+        "| way | time, ratio (lowest to highest) | of it the device computes | sent, kB | received, kB |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, turns in found.items():
