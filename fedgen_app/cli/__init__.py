@@ -6,7 +6,19 @@ import sys
 
 import typer
 
-from fedgen_app.cli import audit_prompts, backbone, doctor, generate, presets, provision, reproduce, resume, run, sweep
+from fedgen_app.cli import (
+    audit_prompts,
+    backbone,
+    doctor,
+    generate,
+    presets,
+    provision,
+    reproduce,
+    resume,
+    run,
+    serve,
+    sweep,
+)
 from fedgen_app.errors import FedgenError
 
 app = typer.Typer(
@@ -19,6 +31,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("resume")(resume.resume)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("audit-prompts")(audit_prompts.audit_prompts)
 app.command("sweep")(sweep.sweep)
 app.command("reproduce")(reproduce.reproduce)
