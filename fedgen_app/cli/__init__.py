@@ -6,7 +6,19 @@ import sys
 
 import typer
 
-from fedgen_app.cli import audit_prompts, backbone, doctor, generate, presets, provision, reproduce, resume, run, sweep
+from fedgen_app.cli import (
+    audit_prompts,
+    backbone,
+    device_worker,
+    doctor,
+    generate,
+    presets,
+    provision,
+    reproduce,
+    resume,
+    run,
+    sweep,
+)
 from fedgen_app.errors import FedgenError
 
 app = typer.Typer(
@@ -24,6 +36,7 @@ app.command("sweep")(sweep.sweep)
 app.command("reproduce")(reproduce.reproduce)
 app.command("provision")(provision.provision)
 app.command("register")(provision.register)
+app.command("device-worker")(device_worker.device_worker)
 app.command("doctor")(doctor.doctor)
 app.add_typer(backbone.app, name="backbone")
 app.command("presets")(presets.presets)

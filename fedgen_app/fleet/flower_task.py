@@ -1,0 +1,167 @@
+"""One task of a SuperNode in process isolation: asked for, carried out, answered for where it broke.
+
+The one place that calls Flower's internals for that; they hold for Flower 1.41, which the package pins.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.cli.install import install_from_fab
+from flwr.clientapp.utils import get_load_client_app_fn
+from flwr.common.config import get_project_dir
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
+from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+TIMEOUT = 10.0  # seconds for one answer over loopback
+# A SuperNode that is gone for so long has forgotten its tasks: they are in its memory alone.
+PATIENCE = 30.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the SuperNode gave out: who holds the token may fetch the message and answer it.
+
+    Attributes:
+        bundle: SHA-256 of the app bundle that it is for.
+    """
+
+    number: int
+    bundle: str
+    token: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a task that was carried out: the context that the app saw, where it answered without error."""
+
+    folder: str
+    context: Context | None
+
+
+def dispatcher(address: str, secret: bytes | None) -> RuntimeHttpClient:
+    """The connection over which tasks are asked for; it does not try again by itself."""
+    return RuntimeHttpClient(
+        f"http://{address}",
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+            *([SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})] if secret else []),
+        ],
+        timeout=TIMEOUT,
+    )
+
+
+def acquire(client: RuntimeHttpClient) -> Task | None:
+    """The next task, if there is one.
+
+    Raises:
+        httpx.HTTPError: no SuperNode answers, or it refuses.
+        ValueError: what answers is no SuperNode.
+    """
+    found = client.AcquireTask(AcquireTaskRequest(supported_task_types={TaskType.CLIENT_APP}))
+    if not (found.HasField("task") and found.token):
+        return None
+    return Task(found.task.task_id, found.task.fab_hash, found.token)
+
+
+def _connect(address: str, token: str, retry: RetryInvoker | None) -> RuntimeHttpClient:
+    return RuntimeHttpClient(
+        f"http://{address}",
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
+            RuntimeTokenHttpInterceptor(token),
+        ],
+        timeout=TIMEOUT,
+        retry_invoker=retry,
+    )
+
+
+def carry_out(address: str, task: Task, on_message: Callable[[bytes], None]) -> Done:
+    """Fetch the message, run the bundle's ClientApp on it, answer.
+
+    An exception's text stays in this device's log: what is sent is Flower's code for it.
+
+    Args:
+        on_message: Called with the message's header, from which ``answer_for`` can answer in our place.
+
+    Raises:
+        httpx.HTTPError: the SuperNode is gone.
+    """
+    retry = make_simple_http_retry_invoker()
+    retry.max_time = PATIENCE
+    client = _connect(address, task.token, retry)
+    beats = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    beats.start()
+    message, context, run, fab = pull_task_input(client)
+    on_message(message_to_proto(remove_content_from_message(message)).SerializeToString())
+    reply = _reply(message, context, run, fab)
+    push_message(client, reply, context)
+    failed = reply.has_error()
+    push_task_output(client, context, SubStatus.FAILED if failed else SubStatus.COMPLETED, "")
+    beats.stop()
+    client.close()
+    folder = get_project_dir(run.fab_id, run.fab_version, fab.hash_str)
+    return Done(str(folder), None if failed else context)
+
+
+def _reply(message: Message, context: Context, run: Run, fab: Fab) -> Message:
+    try:
+        install_from_fab(fab.content, skip_prompt=True)
+        app = get_load_client_app_fn("", None, True)(run.fab_id, run.fab_version, fab.hash_str)
+    except Exception:  # a bundle is foreign code: whatever it raises when it is loaded, the worker goes on
+        log.exception("the app bundle %s cannot be loaded", fab.hash_str)
+        # Flower takes a folder that is there for complete, and a full disk may have left half of one.
+        shutil.rmtree(get_project_dir(run.fab_id, run.fab_version, fab.hash_str), ignore_errors=True)
+        return Message(Error(ErrorCode.LOAD_CLIENT_APP_EXCEPTION), reply_to=message)
+    try:
+        return app(message=message, context=context)
+    except Exception:  # as above; an app of ours answers with codes itself
+        log.exception("the app failed")
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION), reply_to=message)
+
+
+def answer_for(address: str, task: Task, header: bytes | None) -> bool:
+    """Tell the SuperNode that the process which had this task is dead; whether it took that.
+
+    Else it would wait for a minute and, where the task had not even been fetched, for ever.
+    """
+    client = _connect(address, task.token, None)
+    try:
+        if header is None:
+            message, context, _, _ = pull_task_input(client)
+        else:
+            message = message_from_proto(ProtoMessage.FromString(header))
+            context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {})
+        TaskIdentity.task_id, TaskIdentity.run_id = task.number, context.run_id
+        TaskIdentity.node_id = context.node_id
+        push_message(client, Message(Error(ErrorCode.CLIENT_APP_CRASHED), reply_to=message), context)
+        push_task_output(client, None, SubStatus.FAILED, "")
+    except (httpx.HTTPError, ValueError, RuntimeError) as error:
+        log.warning("the SuperNode was not told of the failed task %d: %s", task.number, type(error).__name__)
+        return False
+    finally:
+        client.close()
+    return True
