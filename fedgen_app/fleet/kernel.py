@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 from collections.abc import Iterable
 from pathlib import Path
+
+import psutil
 
 # <linux/prctl.h>, <linux/capability.h>
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP = 1, 4, 24
@@ -14,6 +17,7 @@ PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEA
 CAPABILITY_VERSION_3 = 0x20080522
 # jemalloc's, which pyarrow brings, starts its thread anew in a forked child.
 SAFE_THREADS = frozenset(("jemalloc_bg_thd",))
+GRACE = 5.0  # seconds between asking processes to end and killing them
 
 
 def _prctl(*arguments: int) -> bool:
@@ -68,3 +72,18 @@ def close_all_but(kept: Iterable[int]) -> None:
         os.closerange(start, descriptor)
         start = descriptor + 1
     os.closerange(start, os.sysconf("SC_OPEN_MAX"))
+
+
+def end_descendants(spared: int = 0) -> None:
+    """End all processes that came from us, those that an app left behind too, but for one."""
+    left = [p for p in psutil.Process().children(recursive=True) if p.pid != spared]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(left, timeout=GRACE)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=GRACE)
+    with contextlib.suppress(ChildProcessError):  # orphans that became ours
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass

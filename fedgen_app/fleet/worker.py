@@ -12,7 +12,6 @@ A new bundle gets a new warm process. A child that dies is answered for at once;
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import select
@@ -25,21 +24,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from fedgen_app.errors import SettingsError
 from fedgen_app.fleet import kernel
 
 if TYPE_CHECKING:
     from fedgen_app.fleet.flower_task import Task
 
-LIBRARIES = ("torch", "transformers", "peft", "safetensors.torch")
 BUSY, IDLE, LATELY = 0.1, 1.0, 120.0  # seconds between two questions; the longer where nothing came lately
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds between two tries to reach a SuperNode
 REMINDER = 600.0  # seconds after which it is said again that there is none
 PREPARING = 600.0  # seconds that a bundle may take to make itself ready
 LOOK = 5.0  # seconds between two looks whether the SuperNode of a running task is still there
-GRACE = 5.0  # seconds between asking processes to end and killing them
 log = logging.getLogger(__name__)
 
 
@@ -163,7 +157,7 @@ class Worker:
         if status is None:
             self._end_warm()
         else:
-            end_descendants(spared=self.warm.pid)
+            kernel.end_descendants(spared=self.warm.pid)
         return status
 
     def _follow(self, warm: Warm, task: Task, progress: Progress) -> int | None:
@@ -241,7 +235,7 @@ class Worker:
         if self.warm is None:
             return
         self.warm.channel.close()
-        end_descendants()
+        kernel.end_descendants()
         self.warm = None
 
     def _wait(self, seconds: float, channel: socket.socket | None = None) -> bool:
@@ -270,21 +264,6 @@ class Worker:
                 signal.signal(number, handler)
 
 
-def end_descendants(spared: int = 0) -> None:
-    """End all processes that came from us, those that an app left behind too, but for one."""
-    left = [p for p in psutil.Process().children(recursive=True) if p.pid != spared]
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    for process in psutil.wait_procs(left, timeout=GRACE)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=GRACE)
-    with contextlib.suppress(ChildProcessError):  # orphans that became ours
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
 def _listens(address: str) -> bool:
     host, _, port = address.rpartition(":")
     with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), 2):
@@ -302,37 +281,3 @@ def _told(status: int | None) -> str:
     if status is None:
         return "given up"
     return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-
-
-def _threads() -> int:
-    """That a task computes with: as OMP_NUM_THREADS says, else one for each processor that we may use."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted and not (wanted.isdecimal() and int(wanted)):
-        raise SettingsError(f"OMP_NUM_THREADS = {wanted!r}: should be a number from 1 on")
-    return int(wanted or len(os.sched_getaffinity(0)))
-
-
-def start(address: str, secret: Path | None) -> None:
-    """Be the worker of the SuperNode at an address of loopback.
-
-    Raises:
-        SettingsError: OMP_NUM_THREADS is no number, or the kernel does not take its privileges.
-    """
-    threads = _threads()
-    try:
-        kernel.drop_privileges()  # before there are threads
-    except OSError as error:
-        raise SettingsError(f"the worker cannot give up its privileges: {error.strerror}") from None
-    kernel.adopt_orphans()
-    # Before numpy and tokenizers are imported; why: zygote.py.
-    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "FLWR_TELEMETRY_ENABLED": "0"}
-    began = time.monotonic()
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    import torch
-
-    torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for every question
-    log.info("libraries imported in %.1f s", time.monotonic() - began)
-    Worker(address, secret, threads).run()
