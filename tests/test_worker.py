@@ -26,7 +26,7 @@ class Running:
 
     def __init__(self, folder: Path) -> None:
         self.port, self.log, self.secret = free_port(), folder / "worker.log", folder / "secret"
-        environment = os.environ | {
+        own = {
             "PYTHONPATH": str(ROOT),
             "FLWR_HOME": str(folder / "flower"),
             "OMP_NUM_THREADS": "1",
