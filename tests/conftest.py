@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from fleets import Fleet
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import settings
 
@@ -31,3 +32,10 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Three devices with warm workers; whoever breaks something mends it again."""
+    with Fleet(tmp_path_factory.mktemp("fleet")) as running:
+        yield running
