@@ -11,11 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
 from helpers import FEDGEN, ROOT, command
 from nodes import Node, bundle
 
 from fedgen_app.engines.keeper import free_port
-from fedgen_app.fleet import kernel
+from fedgen_app.fleet import flower_task, kernel
 
 SECRET = b"s" * 48
 pytestmark = pytest.mark.slow
@@ -118,6 +119,25 @@ def test_a_child_that_dies_is_answered_for_at_once(worker: Running, tmp_path: Pa
         assert gone(int(mark.read_text()))
 
 
+@pytest.mark.parametrize("fetched", [(), ("PullTaskInput",), ("PullTaskInput", "PullMessages")])
+def test_whatever_a_dead_process_had_fetched_its_task_is_answered_for(fetched: tuple[str, ...]) -> None:
+    with Node(free_port(), SECRET) as node:
+        address = f"127.0.0.1:{node.server.config.port}"
+        run, dispatcher = node.put(bundle()), flower_task.dispatcher(address, SECRET)
+        task = flower_task.acquire(dispatcher)
+        assert task
+        client, header = flower_task._connect(address, task.token, None), None
+        if "PullTaskInput" in fetched:
+            client.PullTaskInput(PullTaskInputRequest())
+        if "PullMessages" in fetched:
+            header = client.PullMessages(PullAppMessagesRequest()).SerializeToString()
+        assert flower_task.answer_for(address, task, header)
+        assert node.reply(run, 5).error.code == 8
+        assert not flower_task.answer_for(address, task, header)  # answered: nobody waits any more
+        client.close()
+        dispatcher.close()
+
+
 SECRET_TEXT = "/data/patient-17.txt"
 HOSTILE = {
     "raises when it is imported": {"top": f"open({SECRET_TEXT!r})"},
@@ -188,6 +208,7 @@ def test_it_has_no_privileges_and_another_secret_gets_nothing(worker: Running) -
             facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
             assert facts["NoNewPrivs"] == "1"
             assert {facts[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    worker.said("lost the SuperNode")
     worker.secret.write_bytes(b"x" * 48)
     with Node(worker.port, SECRET) as node:
         worker.said("its secret is another one")

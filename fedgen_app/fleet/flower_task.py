@@ -5,6 +5,7 @@ The one place that calls Flower's internals for that; they hold for Flower 1.41,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -12,17 +13,26 @@ from dataclasses import dataclass
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.app.message import remove_content_from_message
 from flwr.cli.install import install_from_fab
 from flwr.clientapp.utils import get_load_client_app_fn
 from flwr.common.config import get_project_dir
 from flwr.common.constant import ErrorCode, SubStatus
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.common.serde import context_from_proto, fab_from_proto, message_from_proto, run_from_proto
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    PullTaskInputRequest,
+)
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -32,7 +42,7 @@ from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 TIMEOUT = 10.0  # seconds for one answer over loopback
@@ -115,8 +125,12 @@ def carry_out(address: str, task: Task, on_message: Callable[[bytes], None]) -> 
     client = _connect(address, task.token, retry)
     beats = HeartbeatSender(make_task_heartbeat_fn_http(client))
     beats.start()
-    message, context, run, fab = pull_task_input(client)
-    on_message(message_to_proto(remove_content_from_message(message)).SerializeToString())
+    given = client.PullTaskInput(PullTaskInputRequest())
+    context, run, fab = context_from_proto(given.context), run_from_proto(given.run), fab_from_proto(given.fab)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, context.run_id, context.node_id
+    header = client.PullMessages(PullAppMessagesRequest())
+    on_message(header.SerializeToString())  # before anything else: it is given out only once
+    message = _inflated(client, header, context)
     reply = _reply(message, context, run, fab)
     push_message(client, reply, context)
     failed = reply.has_error()
@@ -125,6 +139,31 @@ def carry_out(address: str, task: Task, on_message: Callable[[bytes], None]) -> 
     client.close()
     folder = get_project_dir(run.fab_id, run.fab_version, fab.hash_str)
     return Done(str(folder), None if failed else context)
+
+
+def _header(pulled: PullAppMessagesResponse) -> Message:
+    """A message without its content, as the SuperNode gives it out first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not pulled.messages_list:
+        raise ValueError("the SuperNode has no message for this task")
+    message = message_from_proto(pulled.messages_list[0])
+    message.metadata.__dict__["_message_id"] = pulled.message_object_trees[0].object_id
+    return message
+
+
+def _inflated(client: RuntimeHttpClient, pulled: PullAppMessagesResponse, context: Context) -> Message:
+    identifier, node = _header(pulled).metadata.message_id, Node(node_id=context.node_id)
+    message: Message = pull_and_inflate_object_from_tree(
+        pulled.message_object_trees[0],
+        make_pull_object_fn_protobuf(client.PullObject, node, context.run_id),
+        make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, context.run_id),
+        return_type=Message,
+    )
+    message.metadata.__dict__["_message_id"] = identifier
+    return message
 
 
 def _reply(message: Message, context: Context, run: Run, fab: Fab) -> Message:
@@ -150,18 +189,21 @@ def answer_for(address: str, task: Task, header: bytes | None) -> bool:
     """
     client = _connect(address, task.token, None)
     try:
-        if header is None:
-            message, context, _, _ = pull_task_input(client)
-        else:
-            message = message_from_proto(ProtoMessage.FromString(header))
-            context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {})
+        message = _header(PullAppMessagesResponse.FromString(header) if header else _pull_unfetched(client))
+        context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {})
         TaskIdentity.task_id, TaskIdentity.run_id = task.number, context.run_id
         TaskIdentity.node_id = context.node_id
         push_message(client, Message(Error(ErrorCode.CLIENT_APP_CRASHED), reply_to=message), context)
         push_task_output(client, None, SubStatus.FAILED, "")
-    except (httpx.HTTPError, ValueError, RuntimeError) as error:
+    except (httpx.HTTPError, ValueError) as error:
         log.warning("the SuperNode was not told of the failed task %d: %s", task.number, type(error).__name__)
         return False
     finally:
         client.close()
     return True
+
+
+def _pull_unfetched(client: RuntimeHttpClient) -> PullAppMessagesResponse:
+    with contextlib.suppress(httpx.HTTPStatusError):  # the dead process had come so far
+        client.PullTaskInput(PullTaskInputRequest())
+    return client.PullMessages(PullAppMessagesRequest())
