@@ -16,8 +16,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 from fleets import NGINX, Fleet, environment, record, whole
 from helpers import make_llama, write_records
 from links import Capture, Link, plain_echo
@@ -76,23 +74,10 @@ def test_no_key_is_refused(fleet: Fleet) -> None:
 @contextmanager
 def expired_server(fleet: Fleet) -> Iterator[int]:
     """A server with a certificate of the fleet's own authority that ended yesterday."""
-    ca = x509.load_pem_x509_certificate((fleet.folder / "out" / "ca" / "ca.crt").read_bytes())
-    ca_key = serialization.load_pem_private_key((fleet.folder / "out" / "ca" / "ca.key").read_bytes(), None)
-    key_pem = certificates.new_key()
-    key = serialization.load_pem_private_key(key_pem, None)
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(ca.subject)
-        .issuer_name(ca.subject)
-        .public_key(key.public_key())  # type: ignore[arg-type]
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=30))
-        .not_valid_after(now - timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(ca_key, hashes.SHA256())  # type: ignore[arg-type]
-    )
-    (fleet.folder / "expired.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + key_pem)
+    ca, key = ((fleet.folder / "out" / "ca" / name).read_bytes() for name in ("ca.crt", "ca.key"))
+    own, past = certificates.new_key(), datetime.now(UTC) - timedelta(days=5)
+    made = certificates.server_certificate(ca, key, own, ["localhost"], 3, past)
+    (fleet.folder / "expired.pem").write_bytes(made + own)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(fleet.folder / "expired.pem")
     stop = threading.Event()
