@@ -119,6 +119,7 @@ def make_latent(folder: Path) -> Path:
     unet = UNet2DConditionModel(
         sample_size=LATENT_PIXELS // 8,
         block_out_channels=(80, 160, 320, 320),
+        attention_head_dim=2,  # the number of heads: a quarter too, which keeps them 40 to 160 wide
         cross_attention_dim=width,
         norm_num_groups=16,
     )

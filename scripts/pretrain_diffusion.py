@@ -15,7 +15,6 @@ import copy
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,10 +23,10 @@ import torch
 from _training import Recipe, arguments, draw_of, load_state, save_state, without_machine_notes, write_report
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from fedgen_app.data.images import load_images
+from fedgen_app.learning import attention
 
 WORDINGS = (
     "a photo of a {}",
@@ -287,8 +286,7 @@ def main() -> None:
     model = build(shape, pixels.shape[1], tokenizer, recipe.seed).to(args.device)
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     print(f"{len(pixels)} images of {', '.join(wanted)}; parameters: {sizes}", flush=True)
-    # On a CPU the plain attention is half again as fast as the fused one, whose backward pass is slow there.
-    with sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext():
+    with attention.suited_to(torch.device(args.device)):
         averaged, steps, seconds = train(model, pixels, classes, tokens, recipe, args.checkpoint)
     save_pipeline(args.output, averaged.cpu(), tokenizer, shape.text_length)
     report = {

@@ -264,11 +264,11 @@ def test_a_shift_of_all_pixels_is_its_own_distance() -> None:
 
 def test_the_distance_falls_where_the_images_come_closer() -> None:
     backbone, found = adapted(KIND, scale=0.0), rows()
-    far = gan.distance(backbone, found, 0)
+    far = gan.distance(backbone, found, 0)["sliced_wasserstein"]
     plan = replace(PLAN, epochs=40)
     adapters.write(backbone.model, adapters.fresh(backbone.layout, 0))
     train(backbone.model, Adversarial(LATENT, 1.0), found, plan)
-    assert gan.distance(backbone, found, 0) < 0.8 * far
+    assert gan.distance(backbone, found, 0)["sliced_wasserstein"] < 0.8 * far
 
 
 def test_without_classes_no_class_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:

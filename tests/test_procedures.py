@@ -91,8 +91,6 @@ def lesson(model: PeftModel, start: Adapter | None = None, data: int = 2, **chan
         model=model,
         data=examples(data),
         round=round_,
-        received=start,
-        kept={},
         start=start,
         trains=lambda key: True,
         **(usual | fields),

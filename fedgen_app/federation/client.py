@@ -262,7 +262,6 @@ class Work:
 
     Attributes:
         round: As the method's functions see it, with the largest adapter's shape.
-        rank: Of this client's adapter.
         kept: What this client left behind the last time, where its method asks for it.
         start: The adapter to start from: what was received, over the client's own private tensors, over the seeded
             start.
@@ -277,7 +276,6 @@ class Work:
     data: LocalData
     store: PersonalStore
     round: Round
-    rank: int
     kept: Kept
     start: Adapter
     facts: Mapping[str, int]
@@ -305,7 +303,7 @@ class Work:
         def start_from(received: Adapter) -> Adapter:
             # A client that pruned its rank is sent its own; one that is sent nothing has the rank it can afford.
             rank, fresh = adapters.rank_of(received, otherwise=me.rank_for(backbone)), backbone.fresh(settings.seed)
-            if method.fit and method.weights == "adapter":
+            if method.fit:
                 fresh = method.fit(fresh, round_.lora, round_.lora.at(rank))
             return fresh | own | received
 
@@ -315,8 +313,7 @@ class Work:
             chosen = best_suited(starts, backbone, task.loss(settings, backbone), data.train, settings)
             order, facts = replace(order, received=order.offers[chosen]), {wire.CLUSTER: chosen}
         start = start_from(order.received.adapter)
-        rank = adapters.rank_of(order.received.adapter, otherwise=me.rank_for(backbone))
-        return cls(me, order, task, method, backbone, data, store, round_, rank, kept, start, facts)
+        return cls(me, order, task, method, backbone, data, store, round_, kept, start, facts)
 
     def lesson(self, plan: Plan, on_step: Callable[[int, int], None]) -> Lesson:
         """What the method's procedures are given; the model holds the start.
@@ -332,10 +329,8 @@ class Work:
             data=self.data.train,
             plan=plan,
             round=self.round,
-            received=self.order.received.adapter,
             extra=self.order.received.extra,
             own=self.kept.own,
-            kept=self.kept.adapter,
             start=self.start,
             trains=lambda key: self.method.trains(key, self.round),
             train=self.task.train or training.train,

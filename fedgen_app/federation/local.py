@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -23,11 +23,9 @@ class Lesson:
 
     Attributes:
         model: Holds ``start`` already, and the residual where there is one.
-        received: What came from the server; keys that are not shared may be absent.
         extra: The method's own tensors as the server sent them.
         own: The method's own tensors as this client left them the last time; empty at first.
-        kept: The adapter as this client left it the last time; empty at first.
-        start: The adapter to start from: ``received`` over the client's own private tensors over the seeded start.
+        start: The adapter to start from: what came, over the client's own private tensors, over the seeded start.
         trains: Which keys learn.
         train: The training loop: ``training.train``, or the task's own with the same arguments.
     """
@@ -37,10 +35,8 @@ class Lesson:
     data: Examples
     plan: Plan
     round: Round
-    received: Adapter
     extra: Adapter
     own: Adapter
-    kept: Adapter
     start: Adapter
     trains: Callable[[str], bool]
     train: Callable[..., Trained]
@@ -57,8 +53,8 @@ class Learned:
     own: Adapter = field(default_factory=dict)
 
 
-def plain(lesson: Lesson) -> Learned:
-    """Train the adapter on the client's own data; FedAvg's client."""
+def plain(lesson: Lesson, drift: Adapter | None = None) -> Learned:
+    """Train the adapter on the client's own data; FedAvg's client. ``drift`` is added to every gradient."""
     trained = lesson.train(
         lesson.model,
         lesson.loss,
@@ -66,9 +62,22 @@ def plain(lesson: Lesson) -> Learned:
         lesson.plan,
         trains=lesson.trains,
         anchor=lesson.start,
+        drift=drift,
         on_step=lesson.on_step,
     )
     return Learned(trained.loss, adapters.read(lesson.model))
+
+
+def beside(train_own: Callable[[Lesson], Adapter]) -> Callable[[Lesson], Learned]:
+    """A client that trains the shared adapter and then a model of its own, which stays with it."""
+
+    def local(lesson: Lesson) -> Learned:
+        learned = plain(lesson)
+        own = train_own(lesson)
+        adapters.write(lesson.model, learned.adapter)  # the model holds the shared adapter again in the end
+        return replace(learned, own=own)
+
+    return local
 
 
 def fine_tune(lesson: Lesson) -> Adapter:

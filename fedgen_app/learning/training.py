@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgen_app.errors import AdapterError, DataError
+from fedgen_app.learning import attention
 from fedgen_app.learning.adapters import parameters
 from fedgen_app.learning.task import Examples, Loss
 
@@ -134,8 +135,9 @@ def train(
         size = sum(len(indices) for indices in group)
         for indices in group:
             batch = shared | {name: tensor[indices.to(device)] for name, tensor in rows.items()}
-            value = loss(model, batch, noise)
-            torch.autograd.backward(scaler.scale(value * (len(indices) / size)))
+            with attention.suited_to(device):  # the backward pass too: gradient checkpointing computes anew in it
+                value = loss(model, batch, noise)
+                torch.autograd.backward(scaler.scale(value * (len(indices) / size)))
             total += value.detach() * len(indices)
         if pull or corrections:
             penalty = plan.proximal / 2 * sum((((p - w) ** 2).sum() for p, w in pull), torch.zeros((), device=device))

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedgen_app.errors import SettingsError
-from fedgen_app.federation.local import Learned, Lesson, plain
+from fedgen_app.federation.local import Lesson, beside, plain
 from fedgen_app.federation.method import Method
 from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import ADAPTER, RESIDUAL, Adapter, merged, rank_of
@@ -102,14 +102,6 @@ def train_own(lesson: Lesson) -> Adapter:
     return adapters.read(lesson.model) | {MIX: mixture.mix.detach().cpu()}
 
 
-def local(lesson: Lesson) -> Learned:
-    """The shared adapter first; the model holds it alone again in the end."""
-    learned = plain(lesson)
-    own = train_own(lesson)
-    adapters.write(lesson.model, learned.adapter)
-    return replace(learned, own=own)
-
-
 def personal(lesson: Lesson) -> Adapter:
     """The mixture of v with the final w as one adapter of twice the rank; who was never chosen trains v and a now."""
     own = lesson.own or train_own(lesson)
@@ -124,4 +116,4 @@ def refuses(settings: Settings) -> Iterable[str]:
         yield f"method = 'apfl': task = {settings.task} trains in a loop of its own, in which the mixture cannot act"
 
 
-METHOD = Method(local=local, personal=personal, refuses=refuses)
+METHOD = Method(local=beside(train_own), personal=personal, refuses=refuses)

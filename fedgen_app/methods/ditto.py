@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedgen_app.federation.local import Learned, Lesson, plain
+from fedgen_app.federation.local import Lesson, beside, plain
 from fedgen_app.federation.method import Method
 from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import Adapter
@@ -23,17 +23,9 @@ def train_own(lesson: Lesson) -> Adapter:
     return adapters.read(lesson.model)
 
 
-def local(lesson: Lesson) -> Learned:
-    """The shared adapter first; the model holds it again in the end."""
-    learned = plain(lesson)
-    own = train_own(lesson)
-    adapters.write(lesson.model, learned.adapter)
-    return replace(learned, own=own)
-
-
 def personal(lesson: Lesson) -> Adapter:
     """The client's own adapter; one that was never chosen trains it now."""
     return lesson.own or train_own(lesson)
 
 
-METHOD = Method(local=local, personal=personal)
+METHOD = Method(local=beside(train_own), personal=personal)

@@ -8,10 +8,11 @@ the local optimiser, AdamW, sees it. c += sum of (c_i' - c_i) / N over a round's
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from fedgen_app.federation.local import Learned, Lesson
+from fedgen_app.federation.local import Learned, Lesson, plain
 from fedgen_app.federation.method import EPOCH, GlobalState, Method, Round, Update, weighted_mean
 from fedgen_app.federation.robust import only
 from fedgen_app.learning import adapters
@@ -77,20 +78,11 @@ def local(lesson: Lesson) -> Learned:
     kept = lesson.own if _epoch(lesson.own) == _epoch(lesson.extra) else {}
     before = {key: kept.get(CONTROL + key, torch.zeros_like(x)) for key, x in measured.items()}
     drift = {key: lesson.extra.get(CONTROL + key, torch.zeros_like(x)) - x for key, x in before.items()}
-    trained = lesson.train(
-        lesson.model,
-        lesson.loss,
-        lesson.data,
-        lesson.plan,
-        trains=lesson.trains,
-        anchor=lesson.start,
-        drift=drift,
-        on_step=lesson.on_step,
-    )
+    learned = plain(lesson, drift)
     changes = {CONTROL + key: measured[key] - before[key] for key in measured}
     own = {CONTROL + key: x for key, x in measured.items()}
     own |= {key: x for key, x in lesson.extra.items() if key == EPOCH}
-    return Learned(trained.loss, adapters.read(lesson.model), changes, own)
+    return replace(learned, extra=changes, own=own)
 
 
 METHOD = Method(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.task import Batch, Examples, Loss
@@ -17,7 +15,6 @@ from fedgen_app.tasks._denoiser import predict, told
 from fedgen_app.tasks._pipeline import Pipeline
 
 MEASURED_ROWS = 64  # per forward pass of an evaluation
-PLAIN_PLACES = 256  # at most: attention over so few may keep the products of all pairs
 LEAST_DRAWS = 512  # of noise in an evaluation: a small hold-out is measured several times over
 
 
@@ -64,18 +61,6 @@ def _numbers(pipeline: Pipeline, batch: Batch) -> Tensor | None:
     return {"text": batch.get("caption"), "class": batch.get("class"), "none": None}[pipeline.condition]
 
 
-def _plain_attention(settings: Settings, backbone: Backbone) -> bool:
-    """Whether training is faster with plain products in the attention of a UNet, and has the memory for them.
-
-    On a CPU the fused attention's backward pass is slow: without it a step of the bundled UNet takes 0.7 of the time.
-    """
-    pipeline, model = cast(Pipeline, backbone.processor), cast(Any, backbone.model.get_base_model())
-    blocks = (model.unet if pipeline.learns_text else model).config.get("down_block_types", ())
-    level = next((level for level, kind in enumerate(blocks) if "Attn" in kind), len(blocks) - 1)
-    places = (pipeline.side_for(settings.resolution) >> max(level, 0)) ** 2
-    return backbone.device.type == "cpu" and places <= PLAIN_PLACES
-
-
 def loss(settings: Settings, backbone: Backbone) -> Loss:
     """The denoising objective of DDPM (arXiv 2006.11239, equation 14), of the noise or the velocity.
 
@@ -84,7 +69,6 @@ def loss(settings: Settings, backbone: Backbone) -> Loss:
     """
     pipeline = cast(Pipeline, backbone.processor)
     gamma, dropout = settings.diffusion.min_snr, settings.diffusion.caption_dropout
-    plain = not settings.gradient_checkpointing and _plain_attention(settings, backbone)
 
     def denoising(model: nn.Module, batch: Batch, noise: torch.Generator) -> Tensor:
         rows = next(batch[name] for name in ("pixels", "moments") if name in batch)
@@ -93,8 +77,7 @@ def loss(settings: Settings, backbone: Backbone) -> Loss:
         if pipeline.condition == "text" and numbers is not None and dropout:
             left_out = torch.rand(len(rows), generator=noise, device=rows.device) < dropout
             numbers = numbers.masked_fill(left_out, 0)
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            errors = _errors(pipeline, model, batch, timesteps, noise, numbers)
+        errors = _errors(pipeline, model, batch, timesteps, noise, numbers)
         return (errors * _weights(pipeline, timesteps, gamma) if gamma else errors).mean()
 
     return denoising

@@ -1,7 +1,8 @@
-"""What the tasks of the small networks share: how their folders are opened, what they are told, how they draw."""
+"""The tasks of the small networks but for their losses: how folders are opened, what is told, drawn and measured."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +19,22 @@ from torch import Tensor, nn
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import Backbone, facts_of
 from fedgen_app.learning.mixture import Rows, unmixed
-from fedgen_app.learning.task import Examples, Loaded, Sample
+from fedgen_app.learning.task import Examples, Loaded, Loss, Metrics, Render, Sample, Task
+from fedgen_app.learning.training import Trained
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid
+from fedgen_app.tasks._likeness import check, client_metrics, likeness
 from fedgen_app.tasks._networks import GAN, PARTS, VAE
+from fedgen_app.tasks._pictures import load_data, load_test, requirements, split
+from fedgen_app.tasks._sources import prompts
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB_FILES = (CONFIG, WEIGHTS, "README.md")
 AT_ONCE = 256  # images per forward pass
 # (model, latents (n, latent), class numbers (n,) or None) -> images (n, channels, side, side) in -1..1
 Draws = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+Networks = type[GAN] | type[VAE]
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(WEIGHTS))
 
 
-def open_small(kind: type[GAN] | type[VAE], folder: Path, dtype: torch.dtype, device: torch.device) -> Loaded:
+def open_small(kind: Networks, folder: Path, dtype: torch.dtype, device: torch.device) -> Loaded:
     """The networks of a folder, and what belongs to them.
 
     Raises:
@@ -166,7 +172,7 @@ def generate(
 
 
 def sample(
-    settings: Settings, backbone: Backbone, draws: Draws, texts: Sequence[str], seed: int, rows: Rows = unmixed
+    draws: Draws, settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int, rows: Rows = unmixed
 ) -> list[Sample]:
     """One image per class name; the same seed gives the same images."""
     facts(backbone).side_for(settings.resolution)
@@ -187,9 +193,9 @@ def save_samples(folder: Path, samples: Mapping[str, Sequence[Sample]]) -> None:
     (folder / "grid.png").write_bytes(_grid.side_by_side(samples))
 
 
-def usage(backbone: Backbone, kind: str, call: str) -> list[str]:
+def usage(backbone: Backbone, networks: Networks, call: str) -> list[str]:
     """How to load the adapter with PEFT, and draw four images."""
-    known = facts(backbone)
+    known, kind = facts(backbone), networks.__name__
     told = ", torch.zeros(4, dtype=torch.long)" if known.classes else ""
     drawn = f"four of class {known.classes[0]}" if known.classes else "four images"
     return [
@@ -201,3 +207,61 @@ def usage(backbone: Backbone, kind: str, call: str) -> list[str]:
         "model = PeftModel.from_pretrained(base, FOLDER)  # the folder of this file",
         f"{call}(torch.randn(4, {known.latent}){told})  # {drawn}, in -1..1",
     ]
+
+
+def _export(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor]) -> None:
+    """Nothing: no other software opens such networks."""
+
+
+def small_task(
+    networks: Networks,
+    draws: Draws,
+    *,
+    load_backbone: Callable[[Path, torch.dtype, torch.device, LoraSettings], Loaded],
+    loss: Callable[[Settings, Backbone], Loss],
+    measured: Callable[[Backbone, Examples, int], Metrics],
+    always: tuple[str, ...],
+    call: str,
+    bundled_backbone: str = "",
+    train: Callable[..., Trained] | None = None,
+) -> Task:
+    """A task for networks of ``_networks``.
+
+    Args:
+        measured: What is measured on rows beside FID and KID, which need images to compare with; the last is the seed.
+        always: Its metrics, in the order in which they are shown.
+        call: The line of Python, up to its arguments, that draws with a loaded ``model``.
+    """
+
+    def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: int) -> Metrics:
+        draw = functools.partial(generate, backbone, draws, seed=derive(seed, "measured"))
+        told = bool(facts(backbone).classes)
+        found = likeness(settings, backbone, examples.reference, draw, seed, told)
+        return {**found, **measured(backbone, examples, seed)}
+
+    return Task(
+        lora_targets=lora_targets,
+        hub_files=HUB_FILES,
+        weight_files=weight_files,
+        config=config,
+        load_backbone=load_backbone,
+        save_memory=save_memory,
+        load_data=load_data,
+        load_test=load_test,
+        split=split,
+        check=check,
+        loss=loss,
+        evaluate=evaluate,
+        client_metrics=functools.partial(client_metrics, always=always),
+        requirements=requirements,
+        embed=embed,
+        sample=functools.partial(sample, draws),
+        takes=takes,
+        prompts=prompts,
+        render=Render(".png", _grid.one, printable=False),
+        save_samples=save_samples,
+        export=_export,
+        usage=lambda settings, backbone: usage(backbone, networks, call),
+        bundled_backbone=bundled_backbone,
+        train=train,
+    )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,16 +11,12 @@ from torch import Tensor, nn
 
 from fedgen_app.errors import SettingsError
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.mixture import Rows, unmixed
-from fedgen_app.learning.task import Examples, Loaded, Loss, Metrics, Render, Sample, Task
+from fedgen_app.learning.task import Examples, Loaded, Loss, Metrics
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
-from fedgen_app.tasks import _grid, _small
 from fedgen_app.tasks._adversarial import Adversarial, train
-from fedgen_app.tasks._likeness import check, client_metrics, likeness
 from fedgen_app.tasks._networks import GAN
-from fedgen_app.tasks._pictures import load_data, load_test, requirements, split
-from fedgen_app.tasks._sources import prompts
+from fedgen_app.tasks._small import conditions, facts, generate, open_small, small_task
 
 DIRECTIONS = 256  # of the sliced Wasserstein distance
 LEAST_DRAWN = 512  # images against which a small hold-out is measured
@@ -37,7 +31,7 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: 
     """
     if dtype == torch.float16:
         raise SettingsError("dtype = 'float16': a GAN's losses need more range; use float32 or bfloat16")
-    return _small.open_small(GAN, folder, dtype, device)
+    return open_small(GAN, folder, dtype, device)
 
 
 def draws(model: nn.Module, latents: Tensor, numbers: Tensor | None) -> Tensor:
@@ -48,7 +42,7 @@ def draws(model: nn.Module, latents: Tensor, numbers: Tensor | None) -> Tensor:
 
 def loss(settings: Settings, backbone: Backbone) -> Loss:
     """Both halves' losses (see ``_adversarial``), of which ``train`` takes each on its own."""
-    return Adversarial(_small.facts(backbone).latent, settings.gan.r1)
+    return Adversarial(facts(backbone).latent, settings.gan.r1)
 
 
 def sliced_wasserstein(one: Tensor, other: Tensor, seed: int) -> float:
@@ -67,69 +61,28 @@ def sliced_wasserstein(one: Tensor, other: Tensor, seed: int) -> float:
     return float((near.repeat_interleave(len(far) // len(near), dim=0) - far).square().mean().sqrt())
 
 
-def distance(backbone: Backbone, examples: Examples, seed: int) -> float:
-    """Sliced Wasserstein distance of the rows from drawn images of the same classes, pixels from 0 to 1.
+def distance(backbone: Backbone, examples: Examples, seed: int) -> Metrics:
+    """``sliced_wasserstein``: the distance of the rows from drawn images of the same classes, pixels from 0 to 1.
 
     A small hold-out is measured against several drawings of each of its rows, so that what is drawn counts for less.
     """
     times = -(-LEAST_DRAWN // len(examples))
-    texts = _small.conditions(backbone, examples) * times
-    drawn = _small.generate(backbone, draws, texts, derive(seed, "distance"))
+    texts = conditions(backbone, examples) * times
+    drawn = generate(backbone, draws, texts, derive(seed, "distance"))
     real = examples.rows["pixels"].flatten(1).float() / 255
     made = torch.from_numpy(drawn).permute(0, 3, 1, 2).flatten(1).float() / 255
-    return sliced_wasserstein(real, made, seed) * math.sqrt(real.shape[1])
+    return {"sliced_wasserstein": sliced_wasserstein(real, made, seed) * math.sqrt(real.shape[1])}
 
 
-def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: int) -> Metrics:
-    """FID, KID and what goes with them where there are images to compare with, and ``sliced_wasserstein``.
-
-    A discriminator's loss says nothing of the images: it is as good as its opponent is bad. So none is reported.
-    """
-    draw = functools.partial(_small.generate, backbone, draws, seed=derive(seed, "measured"))
-    told = bool(_small.facts(backbone).classes)
-    found = likeness(settings, backbone, examples.reference, draw, seed, told)
-    return {**found, "sliced_wasserstein": distance(backbone, examples, seed)}
-
-
-def sample(
-    settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int, rows: Rows = unmixed
-) -> list[Sample]:
-    """One image per class name; the same seed gives the same images."""
-    return _small.sample(settings, backbone, draws, texts, seed, rows)
-
-
-def export(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor]) -> None:
-    """Nothing: no other software opens such a GAN."""
-
-
-def usage(settings: Settings, backbone: Backbone) -> list[str]:
-    """How to load the adapter with PEFT."""
-    return _small.usage(backbone, "GAN", "images = model.generator")
-
-
-TASK = Task(
-    lora_targets=_small.lora_targets,
-    hub_files=_small.HUB_FILES,
-    weight_files=_small.weight_files,
-    config=_small.config,
+# A discriminator's loss says nothing of the images, as it is as good as its opponent is bad: it is no metric.
+TASK = small_task(
+    GAN,
+    draws,
     load_backbone=load_backbone,
-    save_memory=_small.save_memory,
-    load_data=load_data,
-    load_test=load_test,
-    split=split,
-    check=check,
     loss=loss,
-    evaluate=evaluate,
-    client_metrics=functools.partial(client_metrics, always=("sliced_wasserstein",)),
-    requirements=requirements,
-    embed=_small.embed,
-    sample=sample,
-    takes=_small.takes,
-    prompts=prompts,
-    render=Render(".png", _grid.one, printable=False),
-    save_samples=_small.save_samples,
-    export=export,
-    usage=usage,
+    measured=distance,
+    always=("sliced_wasserstein",),
+    call="images = model.generator",
     bundled_backbone="gan",
     train=train,
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,15 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.mixture import Rows, unmixed
-from fedgen_app.learning.task import Batch, Examples, Loaded, Loss, Metrics, Render, Sample, Task
-from fedgen_app.seeds import derive
+from fedgen_app.learning.task import Batch, Examples, Loaded, Loss, Metrics
 from fedgen_app.settings import LoraSettings, Settings
-from fedgen_app.tasks import _grid, _small
-from fedgen_app.tasks._likeness import check, client_metrics, likeness
 from fedgen_app.tasks._networks import VAE
-from fedgen_app.tasks._pictures import load_data, load_test, requirements, split
-from fedgen_app.tasks._sources import prompts
+from fedgen_app.tasks._small import open_small, small_task
 
 LEAST_LOG_SCALE = -7.0  # as PixelCNN++ has it: a likelihood of one value alone would be unbounded in training
 LEAST_DRAWS = 512  # of latents in an evaluation: a small hold-out is measured several times over
@@ -34,7 +27,7 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: 
     Raises:
         BackboneError: the folder holds no VAE of this kind.
     """
-    return _small.open_small(VAE, folder, dtype, device)
+    return open_small(VAE, folder, dtype, device)
 
 
 def log_likelihood(values: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
@@ -110,52 +103,12 @@ def draws(model: nn.Module, latents: Tensor, numbers: Tensor | None) -> Tensor:
     return mean
 
 
-def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: int) -> Metrics:
-    """``bits_per_dim`` and ``kl``; FID, KID and what goes with them where there are images to compare with."""
-    draw = functools.partial(_small.generate, backbone, draws, seed=derive(seed, "measured"))
-    told = bool(_small.facts(backbone).classes)
-    found = likeness(settings, backbone, examples.reference, draw, seed, told)
-    return {**found, **measured_bound(backbone, examples, seed)}
-
-
-def sample(
-    settings: Settings, backbone: Backbone, texts: Sequence[str], seed: int, rows: Rows = unmixed
-) -> list[Sample]:
-    """One image per class name; the same seed gives the same images."""
-    return _small.sample(settings, backbone, draws, texts, seed, rows)
-
-
-def export(folder: Path, backbone: Backbone, adapter: Mapping[str, Tensor]) -> None:
-    """Nothing: no other software opens such a VAE."""
-
-
-def usage(settings: Settings, backbone: Backbone) -> list[str]:
-    """How to load the adapter with PEFT."""
-    return _small.usage(backbone, "VAE", "images, log_scales = model.decoder")
-
-
-TASK = Task(
-    lora_targets=_small.lora_targets,
-    hub_files=_small.HUB_FILES,
-    weight_files=_small.weight_files,
-    config=_small.config,
+TASK = small_task(
+    VAE,
+    draws,
     load_backbone=load_backbone,
-    save_memory=_small.save_memory,
-    load_data=load_data,
-    load_test=load_test,
-    split=split,
-    check=check,
     loss=loss,
-    evaluate=evaluate,
-    client_metrics=functools.partial(client_metrics, always=("bits_per_dim", "kl")),
-    requirements=requirements,
-    embed=_small.embed,
-    sample=sample,
-    takes=_small.takes,
-    prompts=prompts,
-    render=Render(".png", _grid.one, printable=False),
-    save_samples=_small.save_samples,
-    export=export,
-    usage=usage,
-    bundled_backbone="",
+    measured=measured_bound,
+    always=("bits_per_dim", "kl"),
+    call="images, log_scales = model.decoder",
 )
