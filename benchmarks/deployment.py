@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -109,8 +110,8 @@ def memory(fleet: Fleet, largest: dict[str, float]) -> None:
             visit(psutil.Process(service.pid), "")
 
 
-def measure(nodes: int, warm: bool, rounds: int) -> tuple[list[float], int, int, dict[str, float]]:
-    """Seconds of each round but the first, bytes up and down in a round, memory by kind of process."""
+def measure(nodes: int, warm: bool, rounds: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """What a run left in results.json, and memory by kind of process."""
     largest: dict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as folder, Fleet(Path(folder), NAMES[:nodes], warm) as fleet:
         run = fleet.submit(num_server_rounds=rounds + 1, personal__epochs=0, round__roll_call=900, round__deadline=900)
@@ -119,9 +120,8 @@ def measure(nodes: int, warm: bool, rounds: int) -> tuple[list[float], int, int,
             time.sleep(1)
         status, found = run.ends()
         assert status == 0, run.said()
-    last = found["rounds"][-1]
-    assert len(last["clients"]) == nodes
-    return [r["seconds"] for r in found["rounds"][1:]], last["uplink_bytes"], last["downlink_bytes"], largest
+    assert all(len(entry["clients"]) == nodes for entry in found["rounds"])
+    return found, largest
 
 
 def rounds_table(counts: list[int], rounds: int) -> None:
@@ -129,18 +129,20 @@ def rounds_table(counts: list[int], rounds: int) -> None:
     print("| SuperNodes | worker | seconds per round (median) | to cold | up, a round | down, a round |")
     print("|---|---|---|---|---|---|")
     used: dict[str, float] = defaultdict(float)
+    same = []
     for nodes in counts:
-        cold = 0.0
+        cold, digests = 0.0, set()
         for warm in (False, True):
-            seconds, up, down, largest = measure(nodes, warm, rounds)
-            median = statistics.median(seconds)
+            found, largest = measure(nodes, warm, rounds)
+            last, digests = found["rounds"][-1], digests | {found["adapter"]["sha256"]}
+            median = statistics.median(entry["seconds"] for entry in found["rounds"][1:])  # the first pays for starts
             cold = cold or median
             ratio = f"{cold / median:.1f} times faster" if warm else "–"
-            told = "warm" if warm else "cold"
-            print(
-                f"| {nodes} | {told} | {median:.1f} | {ratio} | {up / 1e3:.1f} kB | {down / 1e3:.1f} kB |", flush=True
-            )
+            sizes = f"{last['uplink_bytes'] / 1e3:.1f} kB | {last['downlink_bytes'] / 1e3:.1f} kB"
+            print(f"| {nodes} | {'warm' if warm else 'cold'} | {median:.1f} | {ratio} | {sizes} |", flush=True)
             used |= {name: max(size, used[name]) for name, size in largest.items()}
+        same.append(len(digests) == 1)
+    print(f"\nThe adapters of warm and cold runs are the same, bit for bit: {'yes' if all(same) else 'NO'}.")
     print("\n| process | memory (PSS, largest seen) |\n|---|---|")
     for name, size in sorted(used.items()):
         print(f"| `{name}` | {size:.0f} MB |")
