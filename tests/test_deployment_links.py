@@ -230,7 +230,7 @@ def test_an_eavesdropper_sees_no_text_and_no_path(fleet: Fleet) -> None:
     (data / "prompts.txt").unlink()
     assert status == 0, run.said()
     assert capture.shows(plain, CANARY.encode())  # it would have been seen
-    texts = (CANARY, str(fleet.folder), str(data), "train.jsonl", "lora_A", "word_perplexity", "the crew")
+    texts = (CANARY, str(fleet.folder), str(data), "train.jsonl", "word_perplexity", "the crew")
     for port in ports:
         assert len(capture.seen[port]) > 50_000
         assert [text for text in texts if capture.shows(port, text.encode())] == []
