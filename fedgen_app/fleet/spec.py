@@ -143,6 +143,7 @@ class Device(_Table):
         host: By which the operator reaches the device; for what is printed, nothing else.
         memory: Bytes that training may take.
         port: Of the SuperNode on the device's own loopback.
+        warm: Whether a worker stays in memory between messages.
     """
 
     id: DeviceId
@@ -152,6 +153,7 @@ class Device(_Table):
     memory: Annotated[int, BeforeValidator(bytes_of), Field(ge=0, strict=True)] = 0
     host: Annotated[str, AfterValidator(lambda value: value and _host(value))] = ""
     port: Port = 9094
+    warm: Annotated[bool, Field(strict=True)] = True
 
 
 class Fleet(_Table):
