@@ -11,6 +11,7 @@ from fedgen_app.cli import (
     backbone,
     device_worker,
     doctor,
+    estimate,
     generate,
     presets,
     provision,
@@ -41,6 +42,7 @@ app.command("register")(provision.register)
 app.command("device-worker")(device_worker.device_worker)
 app.command("doctor")(doctor.doctor)
 app.add_typer(backbone.app, name="backbone")
+app.command("estimate")(estimate.estimate)
 app.command("presets")(presets.presets)
 
 
