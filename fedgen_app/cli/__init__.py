@@ -9,7 +9,9 @@ import typer
 from fedgen_app.cli import (
     audit_prompts,
     backbone,
+    device_worker,
     doctor,
+    estimate,
     generate,
     presets,
     provision,
@@ -37,8 +39,10 @@ app.command("sweep")(sweep.sweep)
 app.command("reproduce")(reproduce.reproduce)
 app.command("provision")(provision.provision)
 app.command("register")(provision.register)
+app.command("device-worker")(device_worker.device_worker)
 app.command("doctor")(doctor.doctor)
 app.add_typer(backbone.app, name="backbone")
+app.command("estimate")(estimate.estimate)
 app.command("presets")(presets.presets)
 
 

@@ -24,6 +24,20 @@ Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
+class Held:
+    """How a frozen model's weights are held.
+
+    Attributes:
+        dtype: Of the weights, and what is computed in.
+        bits: Of each weight of the linear layers; 0: as ``dtype`` says.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    bits: int = 0
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A frozen model as a task loads it, with what belongs to it (a tokenizer, a scheduler, ...)."""
 
@@ -89,6 +103,19 @@ class Sample:
 
     prompt: str
     content: Any
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The largest pieces of work on a backbone, to be counted and never done.
+
+    Attributes:
+        batch: One batch of training.
+        measure: One forward pass of an evaluation.
+    """
+
+    batch: Batch
+    measure: Callable[[], object]
 
 
 class Sampler(Protocol):
@@ -177,7 +204,7 @@ class Task:
         weight_files: Those of a backbone's files whose weights are used.
         config: What else decides what a backbone computes (``facts_of`` its schedule, its tokenizer, ...), by name. The
             fingerprint is of both.
-        load_backbone: Reads the frozen model from a folder.
+        load_backbone: Reads the frozen model from a folder; raises SettingsError where it cannot hold it that way.
         save_memory: Makes the model compute activations again in the backward pass instead of keeping them.
         load_data: What one client owns, as rows of tensors.
         load_test: The server's own test set; None where the data set has none.
@@ -201,6 +228,9 @@ class Task:
         usage: Lines of Python for the model card that load the adapter from FOLDER; ``dataset`` of the settings it is
             given is what lies on this machine.
         bundled_backbone: The name of the bundled backbone under ``fedgen_assets``; "" where there is none.
+        outline: The same model without its weights, from its configuration, on torch's default device; None: what a
+            run costs cannot be told before.
+        probe: The largest pieces of work on such a backbone.
         train: A training loop of the task's own with the arguments of ``training.train``; None: that one.
         stages: What generating is made of where it may happen on two machines; None: it happens on one.
     """
@@ -209,7 +239,7 @@ class Task:
     hub_files: tuple[str, ...]
     weight_files: Callable[[Path], list[Path]]
     config: Callable[[Path], Mapping[str, object]]
-    load_backbone: Callable[[Path, torch.dtype, torch.device, LoraSettings], Loaded]
+    load_backbone: Callable[[Path, Held, LoraSettings], Loaded]
     save_memory: Callable[[nn.Module], None]
     load_data: Callable[[Settings, Backbone, Share], LocalData]
     load_test: Callable[[Settings, Backbone], Examples | None]
@@ -228,5 +258,7 @@ class Task:
     export: Callable[[Path, Backbone, Mapping[str, Tensor]], None]
     usage: Callable[[Settings, Backbone], Sequence[str]]
     bundled_backbone: str
+    outline: Callable[[Path, Held, LoraSettings], Loaded] | None = None
+    probe: Callable[[Settings, Backbone], Probe] | None = None
     train: Callable[..., Any] | None = None
     stages: Stages | None = None
