@@ -37,6 +37,7 @@ def roll_call(message: Message, context: Context) -> Message:
         "simulated-clients": me.simulated,
         "skipped": data.skipped,
         "dtype": str(backbone.dtype).removeprefix("torch."),
+        "bits": backbone.bits,
         **{name: version(name) for name in ("torch", "transformers", "peft")},
         **requirement.facts_of(me, task, backbone),
     }

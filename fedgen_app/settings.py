@@ -70,6 +70,13 @@ def _zero_or_eight(value: int) -> int:
     return value
 
 
+def known_bits(value: int) -> int:
+    """Bits that a frozen weight can be held in; 0: as the type says."""
+    if value not in (0, 4, 8):
+        raise PydanticCustomError("bits", "should be 0, 4 or 8")
+    return value
+
+
 class Group(BaseModel):
     """Settings that share the first part of their dotted name."""
 
@@ -303,6 +310,8 @@ class Settings(Group):
     resume_round: AtLeastZero
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     device: Literal["auto", "cpu", "cuda"]
+    threads: AtLeastZero
+    backbone_bits: Annotated[int, AfterValidator(known_bits)]
     backbone: Annotated[str, Field(min_length=1)]
     backbone_revision: str
     dataset: str
@@ -550,3 +559,8 @@ def defaults(app_dir: Path) -> dict[str, Value]:
     except (KeyError, TypeError):
         raise SettingsError(f"{app_dir}: its pyproject.toml has no [tool.flwr.app.config]") from None
     return flatten_toml(table)
+
+
+def own_defaults() -> dict[str, Value]:
+    """The defaults of this package itself, for a device, which has no app: in a checkout above it, installed in it."""
+    return defaults(next(folder for folder in (PACKAGE.parent, PACKAGE) if (folder / "pyproject.toml").is_file()))

@@ -59,6 +59,8 @@ WRONG = {
     "resume-round": "-1",
     "dtype": "int8",
     "device": "tpu",
+    "threads": "-1",
+    "backbone-bits": "3",
     "backbone": "",
     "text-column": "",
     "holdout-fraction": "1",

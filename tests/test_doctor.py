@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import command, tiny_data, tiny_model
+from helpers import command, tiny_data, tiny_model, tiny_settings
+from networks import network_settings
 
 from fedgen_app.fleet import certificates, doctor
 from fedgen_app.fleet.pack import fingerprint_of
@@ -126,9 +127,31 @@ def test_a_jetson_without_its_own_torch_is_told_so(monkeypatch: pytest.MonkeyPat
     assert not found.ok and "NVIDIA makes for this JetPack" in found.fix
 
 
-def test_too_little_memory() -> None:
-    assert not doctor.memory(tiny_model(), 1000).ok
-    assert doctor.memory(tiny_model(), 10**9).detail.endswith("GB needed before activations")
+def test_memory_is_held_against_the_estimate(tmp_path: Path) -> None:
+    config, settings = {"backbone": str(tiny_model()), "rank": 2}, tiny_settings(batch_size=3)
+    found = doctor.memory(config, settings)
+    assert found.ok and found.detail.endswith("GB needed at the peak (rank 2, batches of 3, 32 tokens)")
+    little = doctor.memory(config | {"memory": 1000}, settings)
+    assert (
+        not little.ok and little.detail.startswith("memory = 1000, training takes ") and "docs/devices.md" in little.fix
+    )
+    wide = doctor.memory(config, tiny_settings(batch_size=200_000_000))
+    assert not wide.ok and "batches of 200000000" in wide.detail
+
+
+def test_what_cannot_be_estimated_is_no_good_news() -> None:
+    found = doctor.memory({"backbone": "/no/such/backbone"}, tiny_settings())
+    assert not found.ok and "/no/such/backbone" in found.detail
+    assert doctor.memory({}, network_settings("gan")).detail.endswith("needed before a model is loaded")
+
+
+def test_the_runs_settings_count(tmp_path: Path) -> None:
+    ended = command(
+        "doctor", "device", "--node", node(tmp_path), "--set", "batch-size=5", "--set", "lora.rank=3", "--json"
+    )
+    found = {entry["what"]: entry for entry in json.loads(ended.out)}
+    assert "(rank 3, batches of 5, 128 tokens)" in found["memory"]["detail"]
+    assert command("doctor", "device", "--set", "lora.rank=0").status == 2
 
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fedgen_app.data.local import Corpus
 from fedgen_app.errors import BackboneError, DataError
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import Backbone, open_backbone
-from fedgen_app.learning.task import Examples, Share
+from fedgen_app.learning.task import Examples, Held, Share
 from fedgen_app.settings import Settings
 from fedgen_app.tasks import _text, language
 from fedgen_app.tasks._text import IGNORED, pack, start_token
@@ -167,7 +167,7 @@ def test_gpt2_runs_with_its_transposed_layers(tmp_path: Path) -> None:
 
 
 def test_a_backbone_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
-    place, dtype = torch.device("cpu"), torch.float32
+    held = Held(torch.float32, torch.device("cpu"))
     bare, pickled, other, silent = (tmp_path / name for name in ("bare", "pickled", "other", "silent"))
     for folder in (bare, pickled, silent):
         shutil.copytree(tiny_model(), folder)
@@ -181,11 +181,11 @@ def test_a_backbone_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     (silent / "tokenizer_config.json").write_text(json.dumps(facts))
     for folder in (bare, pickled, other):
         with pytest.raises(BackboneError, match=f"{folder}: not a causal language model"):
-            TASK.load_backbone(folder, dtype, place, tiny_settings().lora)
+            TASK.load_backbone(folder, held, tiny_settings().lora)
         with pytest.raises(BackboneError, match=f"{folder}: no .*safetensors weights"):
             open_backbone(tiny_settings(backbone=str(folder)))
     with pytest.raises(BackboneError, match=f"{silent}: .* no end-of-text token"):
-        TASK.load_backbone(silent, dtype, place, tiny_settings().lora)
+        TASK.load_backbone(silent, held, tiny_settings().lora)
 
 
 def own_words(backbone: Backbone, examples: Examples) -> str:

@@ -42,6 +42,8 @@ data = "/data/the texts"
 backbone = "/models/smollm2"
 rank = 4
 memory = "4GB"
+backbone-bits = 4
+threads = 3
 host = "pi-1.local"
 [[device]]
 id = 12
@@ -92,6 +94,8 @@ DEVICE = {
     "data = '/a\\nb'": r"device\[1\]\.data = ",
     "backbone = './model'": r"device\[1\]\.backbone = '\./model': should be an absolute path",
     "memory = '4 gigs'": r"device\[1\]\.memory = '4 gigs': should be bytes, or a text such as '4GB'",
+    "backbone-bits = 5": r"device\[1\]\.backbone-bits = 5: should be 0, 4 or 8",
+    "threads = -1": r"device\[1\]\.threads = -1: should be greater than or equal to 0",
     "rank = -1": r"device\[1\]\.rank = -1: should be greater than or equal to 0",
     "rank = true": r"device\[1\]\.rank = True: should be a valid integer",
     "warm = 'yes'": r"device\[1\]\.warm = 'yes': should be a valid boolean",
@@ -307,6 +311,8 @@ def test_an_installed_device_starts_flower_as_flower_wants_it(tmp_path: Path) ->
         "backbone": "/models/smollm2",
         "rank": 4,
         "memory": 4_000_000_000,
+        "backbone-bits": 4,
+        "threads": 3,
         "state-dir": f"{var}/adapters",
         "policy": f"{etc}/policy.toml",
     }

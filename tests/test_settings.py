@@ -26,6 +26,8 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "resume-round": [-1],
     "dtype": ["float64", "Auto"],
     "device": ["gpu"],
+    "threads": [-1, 1.5],
+    "backbone-bits": [-4, 3, 16],
     "backbone": [""],
     "text-column": [""],
     "holdout-fraction": [0, 1, -0.1],

@@ -11,12 +11,14 @@ from fedgen_app.cli import (
     backbone,
     device_worker,
     doctor,
+    estimate,
     generate,
     presets,
     provision,
     reproduce,
     resume,
     run,
+    serve,
     sweep,
 )
 from fedgen_app.errors import FedgenError
@@ -31,6 +33,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("resume")(resume.resume)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("audit-prompts")(audit_prompts.audit_prompts)
 app.command("sweep")(sweep.sweep)
 app.command("reproduce")(reproduce.reproduce)
@@ -39,6 +42,7 @@ app.command("register")(provision.register)
 app.command("device-worker")(device_worker.device_worker)
 app.command("doctor")(doctor.doctor)
 app.add_typer(backbone.app, name="backbone")
+app.command("estimate")(estimate.estimate)
 app.command("presets")(presets.presets)
 
 

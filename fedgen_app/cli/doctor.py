@@ -11,8 +11,10 @@ from typing import Annotated
 
 import typer
 
+from fedgen_app.cli import presets
+from fedgen_app.cli.run import assignment
 from fedgen_app.errors import SettingsError
-from fedgen_app.settings import read_toml
+from fedgen_app.settings import Settings, own_defaults, read_toml
 
 
 class Part(StrEnum):
@@ -30,6 +32,8 @@ def doctor(
     ca: Annotated[Path | None, typer.Option(help="The fleet's ca.crt, for --server.")] = None,
     state: Annotated[Path, typer.Option(help="server, sim: where runs will lie.")] = Path("runs"),
     task: Annotated[str, typer.Option(help="What the backbone generates.")] = "language",
+    preset: Annotated[str, typer.Option(help="device: settings of the run, for its memory; as of `fedgen run`.")] = "",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="device: one of them.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Look at this machine; exit status 1 where something is wrong, with how to mend it."""
@@ -38,16 +42,18 @@ def doctor(
     if node and part is not Part.DEVICE:
         raise SettingsError(f"--node {node}: is for `fedgen doctor device`")
     config = read_toml(node) if node else {}
+    wanted = (presets.load(preset) if preset else {}) | {"task": task} | dict(map(assignment, set_ or []))
+    settings = Settings.from_run_config(own_defaults() | wanted)
 
     from fedgen_app.fleet import doctor as looking
 
     def findings() -> Iterator[looking.Finding]:
         if part is Part.DEVICE:
-            yield from looking.device(config, address, ca, task)
+            yield from looking.device(config, address, ca, settings)
             return
         yield from looking.versions(simulation=part is Part.SIM)
         yield from looking.hardware()
-        yield looking.memory(None, 0)
+        yield looking.room()
         yield looking.disk(state.resolve())
         if address and ca:
             yield from looking.server(address, ca)

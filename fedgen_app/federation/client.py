@@ -36,6 +36,8 @@ from fedgen_app.settings import Settings, shown_source
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,127}")
 UNEXPECTED = 199
+# Settings that a device decides itself, in its node configuration: they change how it computes, not what.
+OWN_CHOICES = ("backbone-bits", "threads")
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +66,11 @@ def check_method(settings: Settings) -> Method:
     """
     method = load_method(settings.method)
     objections = [*method.refuses(settings), *_cluster_objections(settings, method)]
+    if settings.backbone_bits and method.weights == "model":
+        objections.append(
+            f"backbone-bits = {settings.backbone_bits}: method = {settings.method} trains the weights, which so few "
+            "bits cannot follow; use 0"
+        )
     if settings.aggregation.layer_wise and method.rule is not weighted_mean:
         objections.append(
             f"aggregation.layer-wise = true: method = {settings.method} is no plain mean of factors, which alone can "
@@ -162,7 +169,9 @@ class Participant:
             SettingsError: the run's settings or the node's are wrong.
             PolicyError: the node's policy cannot be read.
         """
-        settings, node = Settings.from_run_config(context.run_config), context.node_config
+        node = context.node_config
+        own = {key: node[key] for key in OWN_CHOICES if key in node}
+        settings = Settings.from_run_config({**context.run_config, **own})
         if "partition-id" in node and "data" not in node:
             index, count = int(node["partition-id"]), int(node["num-partitions"])
             ranks = settings.lora.ranks or (settings.lora.rank,)
@@ -205,9 +214,8 @@ class Participant:
             return largest
         if self.rank or not self.memory:
             return min(self.rank or largest, largest)
-        held = backbone.parameters * backbone.dtype.itemsize
         per_rank = sum(math.prod(shape) for _, shape in adapters.at_rank(backbone.layout, 1))
-        return affordable_rank(self.memory, held, per_rank, largest)
+        return affordable_rank(self.memory, backbone.held_bytes, per_rank, largest)
 
     @property
     def data_name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import floor
@@ -137,6 +138,12 @@ class Roster:
     silent: dict[int, int] = field(default_factory=dict)
     _calls: int = 0
 
+    def held(self) -> dict[str, int]:
+        """How many members hold the backbone in which way: the type of what they compute in, and bits below it."""
+        facts = [member.facts for member in self.members.values() if "dtype" in member.facts]
+        few = [f"{fact['bits']} bits, " if fact.get("bits", "0") != "0" else "" for fact in facts]
+        return dict(sorted(Counter(mark + fact["dtype"] for mark, fact in zip(few, facts, strict=True)).items()))
+
     def call(self, grid: Grid) -> None:
         """Ask all nodes and wait, at most ``deadline`` seconds, until the expected clients are there.
 
@@ -224,7 +231,7 @@ class Roster:
             raise _LeftOut("rank", detail, client)
         if isinstance(simulated, int) and simulated > 0:
             self.simulated = simulated
-        versions = {key: str(facts[key]) for key in ("torch", "transformers", "peft", "dtype") if key in facts}
+        versions = {key: str(facts[key]) for key in ("torch", "transformers", "peft", "dtype", "bits") if key in facts}
         try:
             return Member(client, node, examples, rank, versions, skipped, parse_requirement(facts))
         except ValueError as error:  # it can train all the same, but nobody knows with whom

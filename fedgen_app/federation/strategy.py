@@ -110,6 +110,7 @@ class FedLora(Strategy):
             done=len(self.history),
             clients=len(self.roster.members),
             rank=self.lora.rank,
+            held=self.roster.held(),
         )
 
     def start(

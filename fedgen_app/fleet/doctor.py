@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ import psutil
 
 from fedgen_app.errors import FedgenError
 from fedgen_app.fleet.checks import server_days_left
-from fedgen_app.settings import looks_like_path
+from fedgen_app.settings import Settings, looks_like_path
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "datasets")
 SIMULATION = ("ray", "flwr-datasets", "scikit-learn", "matplotlib")
@@ -29,6 +29,7 @@ LEAST_DAYS = 14
 # What Flower's node authentication takes: 5 s ahead, 305 s behind.
 AHEAD, BEHIND = 5.0, 305.0
 PROCESS = 1000**3  # bytes: Python with torch, transformers and peft, and Flower's own process beside it
+PROCESS_BESIDE = 200 * 1000**2  # bytes: Flower's own process, the SuperNode
 TIMEOUT = 10.0
 
 
@@ -93,17 +94,38 @@ def gpu(tegra: bool) -> Finding:
     return Finding("gpu", value == 64**3, f"{name}, a kernel ran", "the GPU computes wrongly: see the system's log")
 
 
-def memory(backbone: Path | None, allowed: int) -> Finding:
-    """Free memory against the least that training takes: the weights, held once, and the processes."""
+def room() -> Finding:
+    """Free memory against what the processes of a server or a simulation take before they load a model."""
     free = psutil.virtual_memory().available
-    weights = sum(file.stat().st_size for file in backbone.rglob("*.safetensors")) if backbone else 0
-    needed = weights + PROCESS
-    detail = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed before activations"
-    if allowed and allowed < weights:
-        return Finding(
-            "memory", False, f"memory = {allowed}, the weights alone have {weights}", "take a smaller backbone"
-        )
-    return Finding("memory", free >= needed, detail, "end other programs, or take a smaller backbone")
+    detail = f"{free / 1e9:.1f} GB free, {PROCESS / 1e9:.1f} GB needed before a model is loaded"
+    return Finding("memory", free >= PROCESS, detail, "end other programs")
+
+
+def memory(node: Mapping[str, Any], settings: Settings) -> Finding:
+    """Free memory, and what the device allows, against the estimate for its backbone and the run's settings."""
+    from fedgen_app.federation.client import OWN_CHOICES
+    from fedgen_app.fleet.estimate import estimate
+    from fedgen_app.learning.backbone import load_task
+
+    if load_task(settings.task).probe is None:  # networks so small that the libraries are all that counts
+        return room()
+    rank = min(int(node.get("rank", 0)) or settings.lora.rank, settings.lora.rank)
+    own = {key: node[key] for key in OWN_CHOICES if key in node} | {"lora.rank": rank, "lora.ranks": ""}
+    try:
+        here = Settings.from_run_config(settings.flat() | own)
+        needed = estimate(here, str(node.get("backbone", ""))).memory
+    except FedgenError as error:
+        return Finding("memory", False, str(error), "until that is mended nobody can say what training takes")
+    free, allowed = psutil.virtual_memory().available, int(node.get("memory", 0))
+    peak, beside = needed.peak + PROCESS_BESIDE, needed.peak - needed.libraries
+    shape = f"rank {rank}, batches of {here.batch_size}"
+    shape += f", {here.sequence_length} tokens" if here.task == "language" else ""
+    detail = f"{free / 1e9:.1f} GB free, {peak / 1e9:.1f} GB needed at the peak ({shape})"
+    fix = "end other programs, or see docs/devices.md for what makes a run smaller"
+    if allowed and allowed < beside:
+        detail = f"memory = {allowed}, training takes {beside} beside the libraries ({shape})"
+        return Finding("memory", False, detail, fix)
+    return Finding("memory", free >= peak, detail, fix)
 
 
 def disk(folder: Path) -> Finding:
@@ -173,17 +195,18 @@ def data_there(source: str) -> Finding:
     )
 
 
-def device(node: dict[str, Any], address: str, ca: Path | None, task: str) -> Iterator[Finding]:
+def device(node: Mapping[str, Any], address: str, ca: Path | None, settings: Settings) -> Iterator[Finding]:
     """All findings of a device."""
     from fedgen_app.federation.consent import policy_of
 
     yield from versions(simulation=False)
     yield from hardware()
     source = str(node.get("backbone", ""))
-    folder = Path(source).expanduser() if looks_like_path(source) and Path(source).expanduser().is_dir() else None
-    yield memory(folder, int(node.get("memory", 0)))
     yield disk(Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser())
-    yield backbone_there(source, task)
+    there = backbone_there(source, settings.task)
+    yield there
+    if there.ok:
+        yield memory(node, settings)
     if "data" in node:
         yield data_there(str(node["data"]))
     try:

@@ -88,7 +88,13 @@ def _installer(name: str, values: Mapping[str, object]) -> File:
 def node_config(fleet: Fleet, device: Device) -> dict[str, object]:
     """What the SuperNode tells its ClientApp."""
     state, config = f"{fleet.paths.state}/{device.id}", f"{fleet.paths.config}/{device.id}"
-    wanted = {"backbone": device.backbone, "rank": device.rank, "memory": device.memory}
+    wanted = {
+        "backbone": device.backbone,
+        "rank": device.rank,
+        "memory": device.memory,
+        "backbone-bits": device.backbone_bits,
+        "threads": device.threads,
+    }
     return {
         "client-id": device.id,
         "data": device.data,

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from fedgen_app.errors import SettingsError
 from fedgen_app.federation.policy import bytes_of
 from fedgen_app.fleet.certificates import is_address
-from fedgen_app.settings import read_toml
+from fedgen_app.settings import known_bits, read_toml
 
 HOST = re.compile(
     r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
@@ -142,6 +142,8 @@ class Device(_Table):
     Attributes:
         host: By which the operator reaches the device; for what is printed, nothing else.
         memory: Bytes that training may take.
+        backbone_bits: Of each weight of the backbone's linear layers on this device, 4 or 8; 0: as the run says.
+        threads: Of the CPU, for training; 0: as the run says.
         port: Of the SuperNode on the device's own loopback.
         warm: Whether a worker stays in memory between messages.
     """
@@ -151,6 +153,8 @@ class Device(_Table):
     backbone: Annotated[str, AfterValidator(_backbone)] = ""
     rank: Annotated[int, Field(ge=0, le=1024, strict=True)] = 0
     memory: Annotated[int, BeforeValidator(bytes_of), Field(ge=0, strict=True)] = 0
+    backbone_bits: Annotated[int, Field(strict=True), AfterValidator(known_bits)] = 0
+    threads: Annotated[int, Field(ge=0, strict=True)] = 0
     host: Annotated[str, AfterValidator(lambda value: value and _host(value))] = ""
     port: Port = 9094
     warm: Annotated[bool, Field(strict=True)] = True

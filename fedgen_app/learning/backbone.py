@@ -25,7 +25,8 @@ import fedgen_assets
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import Adapter, Layout, layout_of, parameters
-from fedgen_app.learning.task import Task
+from fedgen_app.learning.quantised import count, expected_bytes, held_bytes
+from fedgen_app.learning.task import Held, Task
 from fedgen_app.learning.whole import WholeModel
 from fedgen_app.settings import LoraSettings, Settings, looks_like_path
 
@@ -50,6 +51,8 @@ class Backbone:
         reference: What the export's ``base_model_name_or_path`` says: a folder or a hub id.
         fingerprint: SHA-256 over the source weights, however they are held in memory, and the configuration.
         parameters: Of the frozen model, tied weights once.
+        bits: Of each weight of the linear layers as it is held; 0: as ``dtype`` says.
+        held_bytes: What the frozen weights take in memory.
         layout: Of what learns: the adapter, or all weights.
     """
 
@@ -62,6 +65,8 @@ class Backbone:
     parameters: int
     device: torch.device
     dtype: torch.dtype
+    bits: int
+    held_bytes: int
     layout: Layout
     license: str
 
@@ -117,8 +122,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return cast(torch.dtype, getattr(torch, name))
 
 
-def find(source: str, revision: str, task: Task) -> Path:
+def find(source: str, revision: str, task: Task, weights: bool = True) -> Path:
     """The folder of a backbone: bundled, local, or fetched from the hub into its cache (no pickles, no code).
+
+    Args:
+        weights: Whether those are fetched too; else the configurations alone.
 
     Raises:
         BackboneError: the folder is not there, or the hub is out of reach.
@@ -135,8 +143,9 @@ def find(source: str, revision: str, task: Task) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    wanted = [name for name in task.hub_files if weights or name.endswith(".json")]
     try:
-        return Path(snapshot_download(source, revision=revision or None, allow_patterns=list(task.hub_files)))
+        return Path(snapshot_download(source, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise BackboneError(
             f"backbone = {source!r} (revision {revision or 'default'}): the model hub does not give it "
@@ -239,6 +248,8 @@ def open_backbone(settings: Settings, source: str = "", weights: Literal["adapte
         source: A device's own place of the same weights, instead of ``settings.backbone``.
         weights: What learns: an adapter beside the frozen weights, or all weights, which are then float32.
     """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     return _open(
         weights,
         settings.task,
@@ -246,6 +257,7 @@ def open_backbone(settings: Settings, source: str = "", weights: Literal["adapte
         settings.backbone_revision,
         settings.dtype,
         settings.device,
+        settings.backbone_bits,
         settings.lora.model_copy(update={"init": "", "ranks": ()}),
         settings.gradient_checkpointing,
     )
@@ -259,6 +271,7 @@ def _open(
     revision: str,
     dtype: str,
     device: str,
+    bits: int,
     lora: LoraSettings,
     checkpointing: bool,
 ) -> Backbone:
@@ -267,9 +280,9 @@ def _open(
     place = pick_device(device)
     held = pick_dtype(dtype, place) if weights == "adapter" else torch.float32
     marks = fingerprint(folder, task.weight_files(folder), task.config(folder))
-    loaded = task.load_backbone(folder, held, place, lora)
+    loaded = task.load_backbone(folder, Held(held, place, bits), lora)
     loaded.model.requires_grad_(False)
-    count = sum(p.numel() for p in loaded.model.parameters())
+    parameters_there, taken = count(loaded.model), held_bytes(loaded.model)
     if checkpointing:
         task.save_memory(loaded.model)
     on_hub = source != "bundled" and not looks_like_path(source)
@@ -285,11 +298,50 @@ def _open(
         reference=reference,
         revision=revision,
         fingerprint=marks,
-        parameters=count,
+        parameters=parameters_there,
         device=place,
         dtype=held,
+        bits=bits,
+        held_bytes=taken,
         layout=layout_of(parameters(model)),
         license=licence_of(folder),
+    )
+
+
+def outlined(
+    settings: Settings, folder: Path, task: Task, dtype: torch.dtype, weights: Literal["adapter", "model"] = "adapter"
+) -> Backbone:
+    """The backbone of a folder without its weights, on torch's meta device: shapes alone, and what they would take.
+
+    Raises:
+        BackboneError: the folder holds none.
+        SettingsError: the task cannot say.
+    """
+    if task.outline is None:
+        raise SettingsError(f"task = {settings.task!r}: what it costs is not counted beforehand")
+    held = Held(dtype, torch.device("cpu"), settings.backbone_bits)
+    with torch.device("meta"):
+        loaded = task.outline(folder, held, settings.lora)
+        loaded.model.requires_grad_(False)
+        parameters_there, taken = count(loaded.model), expected_bytes(loaded.model, held)
+        if settings.gradient_checkpointing:
+            task.save_memory(loaded.model)
+        lora = settings.lora
+        model = WholeModel(loaded.model) if weights == "model" else _with_adapter(loaded.model, task, lora)
+    return Backbone(
+        model=model,
+        processor=loaded.processor,
+        name=folder.name,
+        reference=str(folder),
+        revision="",
+        fingerprint="",
+        parameters=parameters_there,
+        device=held.device,
+        dtype=dtype,
+        bits=held.bits,
+        held_bytes=taken,
+        layout=layout_of(parameters(model)),
+        license="",
     )
 
 

@@ -24,6 +24,20 @@ Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
+class Held:
+    """How a frozen model's weights are held.
+
+    Attributes:
+        dtype: Of the weights, and what is computed in.
+        bits: Of each weight of the linear layers; 0: as ``dtype`` says.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    bits: int = 0
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A frozen model as a task loads it, with what belongs to it (a tokenizer, a scheduler, ...)."""
 
@@ -91,6 +105,19 @@ class Sample:
     content: Any
 
 
+@dataclass(frozen=True)
+class Probe:
+    """The largest pieces of work on a backbone, to be counted and never done.
+
+    Attributes:
+        batch: One batch of training.
+        measure: One forward pass of an evaluation.
+    """
+
+    batch: Batch
+    measure: Callable[[], object]
+
+
 class Sampler(Protocol):
     """Generates one thing per prompt."""
 
@@ -99,6 +126,63 @@ class Sampler(Protocol):
     ) -> list[Sample]:
         """In the order of the prompts; ``rows`` chooses each sample's mixture of adapters (``mixture.active``)."""
         ...
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What one generated thing is made of while it is on its way between two machines.
+
+    Attributes:
+        prompt: Of one encoded prompt.
+        latent: Of one half-finished thing.
+        steps: More of them than this there are not.
+    """
+
+    prompt: tuple[int, ...]
+    latent: tuple[int, ...]
+    steps: int
+
+
+class Advance(Protocol):
+    """Takes half-finished things some steps further."""
+
+    def __call__(
+        self,
+        settings: Settings,
+        backbone: Backbone,
+        encoded: Tensor,
+        current: Tensor,
+        begin: int,
+        end: int,
+        rows: Rows = unmixed,
+    ) -> Tensor:
+        """From after step ``begin`` to after step ``end``, on the CPU; ``rows`` as in ``Sampler``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stages:
+    """``Task.sample`` cut into stages that may happen on two machines; one after the other they are ``sample``.
+
+    Attributes:
+        hides: Whether an encoded prompt is something else than the prompt itself, which the number of a class is not.
+        shapes: What travels between them.
+        encode: Prompts as the model is told them, (texts, *shapes.prompt), with the adapter that is in the model.
+        noise: What so many things begin as, by the seed that ``sample`` takes.
+        advance: Some of the steps.
+        finish: The contents of samples (``Sample.content``).
+        pack: Contents as one file's bytes.
+        unpack: The inverse, of so many things. Raises ``DataError``.
+    """
+
+    hides: Callable[[Backbone], bool]
+    shapes: Callable[[Settings, Backbone], Shapes]
+    encode: Callable[[Backbone, Sequence[str]], Tensor]
+    noise: Callable[[Settings, Backbone, int, int], Tensor]
+    advance: Advance
+    finish: Callable[[Backbone, Tensor], list[Any]]
+    pack: Callable[[Sequence[Any]], bytes]
+    unpack: Callable[[Settings, Backbone, bytes, int], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +204,7 @@ class Task:
         weight_files: Those of a backbone's files whose weights are used.
         config: What else decides what a backbone computes (``facts_of`` its schedule, its tokenizer, ...), by name. The
             fingerprint is of both.
-        load_backbone: Reads the frozen model from a folder.
+        load_backbone: Reads the frozen model from a folder; raises SettingsError where it cannot hold it that way.
         save_memory: Makes the model compute activations again in the backward pass instead of keeping them.
         load_data: What one client owns, as rows of tensors.
         load_test: The server's own test set; None where the data set has none.
@@ -144,14 +228,18 @@ class Task:
         usage: Lines of Python for the model card that load the adapter from FOLDER; ``dataset`` of the settings it is
             given is what lies on this machine.
         bundled_backbone: The name of the bundled backbone under ``fedgen_assets``; "" where there is none.
+        outline: The same model without its weights, from its configuration, on torch's default device; None: what a
+            run costs cannot be told before.
+        probe: The largest pieces of work on such a backbone.
         train: A training loop of the task's own with the arguments of ``training.train``; None: that one.
+        stages: What generating is made of where it may happen on two machines; None: it happens on one.
     """
 
     lora_targets: Callable[[nn.Module, LoraSettings], tuple[str, ...]]
     hub_files: tuple[str, ...]
     weight_files: Callable[[Path], list[Path]]
     config: Callable[[Path], Mapping[str, object]]
-    load_backbone: Callable[[Path, torch.dtype, torch.device, LoraSettings], Loaded]
+    load_backbone: Callable[[Path, Held, LoraSettings], Loaded]
     save_memory: Callable[[nn.Module], None]
     load_data: Callable[[Settings, Backbone, Share], LocalData]
     load_test: Callable[[Settings, Backbone], Examples | None]
@@ -170,4 +258,7 @@ class Task:
     export: Callable[[Path, Backbone, Mapping[str, Tensor]], None]
     usage: Callable[[Settings, Backbone], Sequence[str]]
     bundled_backbone: str
+    outline: Callable[[Path, Held, LoraSettings], Loaded] | None = None
+    probe: Callable[[Settings, Backbone], Probe] | None = None
     train: Callable[..., Any] | None = None
+    stages: Stages | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedgen_app.data.local import Corpus, load_corpus
 from fedgen_app.errors import DataError
 from fedgen_app.learning.backbone import find, load_task
+from fedgen_app.learning.task import Held
 from fedgen_app.seeds import derive
 from fedgen_app.settings import PACKAGE, Settings, defaults
 from fedgen_app.tasks._pretraining import Recipe, pretrain_vae, read_rows, save, side_of
@@ -62,7 +63,7 @@ def drift(
     """
     settings = _settings(task="language", backbone=backbone)
     task = load_task("language")
-    loaded = task.load_backbone(find(backbone, "", task), torch.float32, torch.device("cpu"), settings.lora)
+    loaded = task.load_backbone(find(backbone, "", task), Held(torch.float32, torch.device("cpu")), settings.lora)
     corpus = load_corpus(dataset, "train", label_column=label_column)
     rows = _rows_of(corpus, label, loaded.processor, sequence_length)
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=learning_rate, weight_decay=0.0)

@@ -9,12 +9,13 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.task import Batch, Examples, Loss
+from fedgen_app.learning.task import Batch, Examples, Loss, Probe
 from fedgen_app.settings import Settings
 from fedgen_app.tasks._denoiser import predict, told
 from fedgen_app.tasks._pipeline import Pipeline
 
 MEASURED_ROWS = 64  # per forward pass of an evaluation
+TOKENS = 77  # in CLIP's prompts
 LEAST_DRAWS = 512  # of noise in an evaluation: a small hold-out is measured several times over
 
 
@@ -81,6 +82,32 @@ def loss(settings: Settings, backbone: Backbone) -> Loss:
         return (errors * _weights(pipeline, timesteps, gamma) if gamma else errors).mean()
 
     return denoising
+
+
+def probe(settings: Settings, backbone: Backbone) -> Probe:
+    """A batch of images with a prompt or a class each, and as many as are evaluated at once."""
+    pipeline = cast(Pipeline, backbone.processor)
+    side = pipeline.side_for(settings.resolution)
+
+    def rows(count: int) -> dict[str, Tensor]:
+        channels = pipeline.channels
+        made = {"moments": torch.zeros(count, 2 * channels, side, side)}
+        if not pipeline.has_vae:
+            made = {"pixels": torch.zeros(count, channels, side, side, dtype=torch.uint8)}
+        if pipeline.condition == "class":
+            made["class"] = torch.zeros(count, dtype=torch.long)
+        if pipeline.condition == "text":
+            config = cast(Any, backbone.model.get_base_model()).config
+            made |= {"caption": torch.zeros(count, dtype=torch.long)}
+            made |= {"hidden": torch.zeros(count, TOKENS, config.cross_attention_dim)}
+        return made
+
+    def measure() -> Tensor:
+        batch, noise = rows(MEASURED_ROWS), torch.Generator()
+        steps = torch.zeros(MEASURED_ROWS, dtype=torch.long)
+        return _errors(pipeline, backbone.model, batch, steps, noise, _numbers(pipeline, batch)).double().sum()
+
+    return Probe(rows(settings.batch_size), measure)
 
 
 @torch.inference_mode()

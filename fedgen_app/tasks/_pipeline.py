@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -261,7 +261,14 @@ def config(folder: Path) -> dict[str, object]:
     return {INDEX: [named, index.get("id2label")], **facts}
 
 
-def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Pipeline]:
+def outlined(kind: Any, folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A part as its configuration describes it, without its weights, on torch's default device."""
+    return _described(folder, part, lambda place: kind.from_config(kind.load_config(place)).to(dtype))
+
+
+def open_pipeline(
+    folder: Path, dtype: torch.dtype, device: torch.device, load: Callable[..., Any] = _component
+) -> tuple[nn.Module, Pipeline]:
     """The denoiser of a folder and what belongs to it; each component by itself, whatever the pipeline's class.
 
     Raises:
@@ -272,7 +279,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> tup
     if part is None or "scheduler" not in parts:
         found = ", ".join(f"{p} ({kind})" for p, kind in parts.items() if p != "pipeline")
         raise BackboneError(f"{folder}: no denoiser that is known here ({', '.join(DENOISERS)}) among {found}")
-    model = _component(getattr(diffusers, parts[part]), folder, part, dtype, device)
+    model = load(getattr(diffusers, parts[part]), folder, part, dtype, device)
     condition, classes = _told(folder, parts, part, model.config)
     schedule = _facts(folder, "scheduler", "scheduler_config.json")
     if "beta_schedule" not in schedule and "trained_betas" not in schedule:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import Backbone, facts_of
 from fedgen_app.learning.mixture import Rows, unmixed
-from fedgen_app.learning.task import Examples, Loaded, Loss, Metrics, Render, Sample, Task
+from fedgen_app.learning.task import Examples, Held, Loaded, Loss, Metrics, Render, Sample, Task
 from fedgen_app.learning.training import Trained
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
@@ -109,12 +109,15 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(WEIGHTS))
 
 
-def open_small(kind: Networks, folder: Path, dtype: torch.dtype, device: torch.device) -> Loaded:
+def open_small(kind: Networks, folder: Path, held: Held) -> Loaded:
     """The networks of a folder, and what belongs to them.
 
     Raises:
         BackboneError: the folder holds no such networks.
+        SettingsError: fewer bits are wanted.
     """
+    if held.bits:
+        raise SettingsError(f"backbone-bits = {held.bits}: a GAN or VAE is too small for it; use 0")
     try:
         # Not ``from_pretrained``, which prints a line, and takes a file that lacks weights.
         model = kind(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
@@ -123,7 +126,7 @@ def open_small(kind: Networks, folder: Path, dtype: torch.dtype, device: torch.d
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise BackboneError(f"{folder}: no {kind.__name__} of FedGen-Edge's own kind: {first}") from None
     known = SmallFacts(model.channels, model.side, model.latent, model.classes)
-    return Loaded(model.eval().to(device, dtype), known)
+    return Loaded(model.eval().to(held.device, held.dtype), known)
 
 
 def lora_targets(model: nn.Module, lora: LoraSettings) -> tuple[str, ...]:
@@ -217,7 +220,7 @@ def small_task(
     networks: Networks,
     draws: Draws,
     *,
-    load_backbone: Callable[[Path, torch.dtype, torch.device, LoraSettings], Loaded],
+    load_backbone: Callable[[Path, Held, LoraSettings], Loaded],
     loss: Callable[[Settings, Backbone], Loss],
     measured: Callable[[Backbone, Examples, int], Metrics],
     always: tuple[str, ...],

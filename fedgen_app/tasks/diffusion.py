@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
@@ -17,13 +16,14 @@ from fedgen_app.files import write_atomic
 from fedgen_app.learning.adapters import pairs, rank_of
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.mixture import Rows, unmixed
-from fedgen_app.learning.task import Loaded, Render, Sample, Task
+from fedgen_app.learning.quantised import placed
+from fedgen_app.learning.task import Held, Loaded, Render, Sample, Task
 from fedgen_app.learning.whole import WholeModel
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks import _grid
 from fedgen_app.tasks._measure import check, client_metrics, evaluate
-from fedgen_app.tasks._objective import loss
+from fedgen_app.tasks._objective import loss, probe
 from fedgen_app.tasks._pictures import load_data, load_test, requirements, split
 from fedgen_app.tasks._pipeline import (
     Adapted,
@@ -31,11 +31,13 @@ from fedgen_app.tasks._pipeline import (
     config,
     load_text_encoder,
     open_pipeline,
+    outlined,
     place_of,
     weight_files,
 )
 from fedgen_app.tasks._sampling import generate
 from fedgen_app.tasks._sources import prompts
+from fedgen_app.tasks._stages import STAGES
 
 PARTS = ("unet", "transformer", "vae", "text_encoder")
 # Attention projections, as the LoRA scripts of diffusers take them; in CLIP's text encoder they have other names.
@@ -73,24 +75,36 @@ def lora_targets(model: nn.Module, lora: LoraSettings) -> tuple[str, ...]:
     return found
 
 
-def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: LoraSettings) -> Loaded:
+def load_backbone(folder: Path, held: Held, lora: LoraSettings) -> Loaded:
     """The denoiser, and with ``lora.text-encoder`` the text encoder beside it.
 
     Raises:
         BackboneError: the folder is no pipeline that is known here.
         SettingsError: an adapter is wanted in a text encoder that is not there.
     """
-    denoiser, pipeline = open_pipeline(folder, dtype, device)
+    denoiser, pipeline = open_pipeline(folder, held.dtype, held.device)
     if not lora.text_encoder:
-        return Loaded(denoiser, pipeline)
+        return Loaded(placed(denoiser, held), pipeline)
     if pipeline.condition != "text":
         raise SettingsError("lora.text-encoder = true: this backbone has no text encoder")
     if pipeline.kind != LOADED_BY_DIFFUSERS:
         raise SettingsError(
             f"lora.text-encoder = true: for a {LOADED_BY_DIFFUSERS} only, and this is a {pipeline.kind}"
         )
-    adapted = Adapted(denoiser, load_text_encoder(folder, dtype, device))
-    return Loaded(adapted, dataclasses.replace(pipeline, learns_text=True))
+    adapted = Adapted(denoiser, load_text_encoder(folder, held.dtype, held.device))
+    return Loaded(placed(adapted, held), dataclasses.replace(pipeline, learns_text=True))
+
+
+def outline(folder: Path, held: Held, lora: LoraSettings) -> Loaded:
+    """The denoiser as its configuration describes it.
+
+    Raises:
+        BackboneError: the folder is no pipeline that is known here.
+        SettingsError: the text encoder is to learn too.
+    """
+    if lora.text_encoder:
+        raise SettingsError("lora.text-encoder = true: what that costs is not counted beforehand; use false")
+    return Loaded(*open_pipeline(folder, held.dtype, held.device, outlined))
 
 
 def save_memory(model: nn.Module) -> None:
@@ -218,4 +232,7 @@ TASK = Task(
     export=export,
     usage=usage,
     bundled_backbone="diffusion",
+    stages=STAGES,
+    outline=outline,
+    probe=probe,
 )

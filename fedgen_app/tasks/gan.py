@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedgen_app.errors import SettingsError
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.task import Examples, Loaded, Loss, Metrics
+from fedgen_app.learning.task import Examples, Held, Loaded, Loss, Metrics
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks._adversarial import Adversarial, train
@@ -22,16 +22,16 @@ DIRECTIONS = 256  # of the sliced Wasserstein distance
 LEAST_DRAWN = 512  # images against which a small hold-out is measured
 
 
-def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: LoraSettings) -> Loaded:
+def load_backbone(folder: Path, held: Held, lora: LoraSettings) -> Loaded:
     """Both halves from a folder with ``config.json`` and ``model.safetensors``.
 
     Raises:
         BackboneError: the folder holds no GAN of this kind.
         SettingsError: float16, in which the penalty on the discriminator's slope overflows.
     """
-    if dtype == torch.float16:
+    if held.dtype == torch.float16:
         raise SettingsError("dtype = 'float16': a GAN's losses need more range; use float32 or bfloat16")
-    return open_small(GAN, folder, dtype, device)
+    return open_small(GAN, folder, held)
 
 
 def draws(model: nn.Module, latents: Tensor, numbers: Tensor | None) -> Tensor:

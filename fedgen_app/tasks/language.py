@@ -9,14 +9,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import Backbone, facts_of
 from fedgen_app.learning.encoder import MOST_TOKENS
 from fedgen_app.learning.mixture import Rows, unmixed
-from fedgen_app.learning.task import Batch, Examples, Loaded, Metrics, Render, Sample, Task
+from fedgen_app.learning.quantised import placed
+from fedgen_app.learning.task import Batch, Examples, Held, Loaded, Metrics, Probe, Render, Sample, Task
 from fedgen_app.seeds import derive
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks._text import IGNORED, load_data, load_test, requirements, split, start_token
@@ -59,7 +60,7 @@ def lora_targets(model: nn.Module, lora: LoraSettings) -> tuple[str, ...]:
     )
 
 
-def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: LoraSettings) -> Loaded:
+def load_backbone(folder: Path, held: Held, lora: LoraSettings) -> Loaded:
     """Model and tokenizer from a folder; weights in their own type on disk are mapped, not copied.
 
     Raises:
@@ -68,7 +69,12 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: 
     cast(Any, transformers_logging).disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            folder,
+            # What is to be quantised is read as it lies on disk: mapped, and never there as a whole in a larger type.
+            dtype="auto" if held.bits else held.dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -77,7 +83,7 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: 
     if tokenizer.eos_token_id is None:
         raise BackboneError(f"{folder}: its tokenizer has no end-of-text token")
     model.config.use_cache = False
-    return Loaded(cast(nn.Module, model).to(device), tokenizer)
+    return Loaded(placed(cast(nn.Module, model), held), tokenizer)
 
 
 def config(folder: Path) -> dict[str, object]:
@@ -104,14 +110,42 @@ def negative_log_likelihood(backbone: Backbone, examples: Examples) -> float:
     step = max(1, EVALUATED_TOKENS // length)
     total = 0.0
     for start in range(0, len(examples), step):
-        rows = {k: v[start : start + step].to(backbone.device) for k, v in examples.rows.items()}
-        logits = backbone.model(input_ids=rows["input_ids"]).logits
-        total += float(
-            nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), rows["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
-            )
-        )
+        total += float(_scored(backbone, {k: v[start : start + step] for k, v in examples.rows.items()}))
     return total
+
+
+def _scored(backbone: Backbone, rows: Batch) -> Tensor:
+    """Sum of -log p over the targets of some rows."""
+    logits = backbone.model(input_ids=rows["input_ids"].to(backbone.device)).logits
+    targets = rows["labels"].to(backbone.device).flatten()
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def outline(folder: Path, held: Held, lora: LoraSettings) -> Loaded:
+    """The model of ``config.json``.
+
+    Raises:
+        BackboneError: the folder holds no causal language model.
+    """
+    try:
+        shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = cast(Any, AutoModelForCausalLM).from_config(shape, dtype=held.dtype, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0][:300]
+        raise BackboneError(f"{folder}: not a causal language model that transformers knows: {first}") from None
+    model.config.use_cache = False
+    return Loaded(cast(nn.Module, model), None)
+
+
+def probe(settings: Settings, backbone: Backbone) -> Probe:
+    """A batch of full rows, and as many rows as are evaluated at once."""
+
+    def rows(count: int) -> Batch:
+        tokens = torch.zeros(count, settings.sequence_length, dtype=torch.long)
+        return {"input_ids": tokens, "labels": torch.zeros_like(tokens)}
+
+    at_once = max(1, EVALUATED_TOKENS // settings.sequence_length)
+    return Probe(rows(settings.batch_size), lambda: _scored(backbone, rows(at_once)))
 
 
 def evaluate(settings: Settings, backbone: Backbone, examples: Examples, seed: int) -> Metrics:
@@ -230,4 +264,6 @@ TASK = Task(
     export=lambda folder, backbone, adapter: None,  # PEFT's own format is what language models are loaded from
     usage=usage,
     bundled_backbone="language",
+    outline=outline,
+    probe=probe,
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from fedgen_app.learning.backbone import Backbone
-from fedgen_app.learning.task import Batch, Examples, Loaded, Loss, Metrics
+from fedgen_app.learning.task import Batch, Examples, Held, Loaded, Loss, Metrics
 from fedgen_app.settings import LoraSettings, Settings
 from fedgen_app.tasks._networks import VAE
 from fedgen_app.tasks._small import open_small, small_task
@@ -21,13 +21,13 @@ LEAST_DRAWS = 512  # of latents in an evaluation: a small hold-out is measured s
 MEASURED_ROWS = 64  # per forward pass of an evaluation
 
 
-def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, lora: LoraSettings) -> Loaded:
+def load_backbone(folder: Path, held: Held, lora: LoraSettings) -> Loaded:
     """Encoder and decoder from a folder with ``config.json`` and ``model.safetensors``.
 
     Raises:
         BackboneError: the folder holds no VAE of this kind.
     """
-    return open_small(VAE, folder, dtype, device)
+    return open_small(VAE, folder, held)
 
 
 def log_likelihood(values: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

@@ -1,0 +1,152 @@
+"""What `fedgen estimate` says against what a client then takes: memory at its peak, bytes up, seconds per step.
+
+    python benchmarks/estimate.py [--backbone FOLDER --data FILE] [--bits]
+
+Each case is one client in a process of its own, with one thread: the real ClientApp trains twice (the second time is
+timed, as the first loads the model) and personalises, with messages made by hand. Seconds are the processor's, so
+that what else runs on the machine counts little. Prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fedgen_app.settings import Settings, Value, defaults  # noqa: E402
+
+STEPS = 6
+Case = dict[str, Value]
+
+
+def config_of(case: Case) -> dict[str, Value]:
+    """A whole run config."""
+    few: Case = {
+        "threads": 1,
+        "holdout-fraction": 0.01,
+        "max-steps": STEPS,
+        "personal.max-steps": 1,
+        "num-server-rounds": 1,
+        "metrics.samples": 0,
+    }
+    return defaults(ROOT) | few | case
+
+
+def client(case: Case, data: str) -> dict[str, float]:
+    """What a client takes, in this process."""
+    from flwr.app import Context, Message, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    import client_app
+    from fedgen_app.federation import wire
+    from fedgen_app.federation.strategy import PERSONALISE, TRAIN
+    from fedgen_app.learning.backbone import open_backbone
+
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    config, found = config_of(case), {}
+    settings = Settings.from_run_config(config)
+    with tempfile.TemporaryDirectory() as state:
+        node = {"client-id": "a", "data": data, "state-dir": state}
+        context = Context(run_id=1, node_id=1, state=RecordDict(), run_config=config, node_config=node)
+        for number, kind in enumerate((TRAIN, TRAIN, PERSONALISE), start=1):
+            start = wire.Parcel(open_backbone(settings).fresh(0))
+            content = wire.instruction(start, settings.wire.codec, {wire.ROUND: 1, wire.RUN: "benchmark-0000"})
+            message = Message(content, 1, kind)
+            message.metadata.__dict__["_message_id"] = "0" * 64
+            began = time.process_time()
+            reply = client_app.app(message, context)
+            if reply.has_error():
+                raise SystemExit(f"the client failed: {reply.error}")
+            if number == 2:
+                found["seconds"] = (time.process_time() - began) / STEPS
+                found["up"] = wire.byte_size(reply)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found["peak"] = 1000 * int(status.split("VmHWM:")[1].split()[0]) * 1.024
+    return found
+
+
+def in_child(what: str, case: Case, data: str) -> dict[str, float]:
+    """The same in a process of its own, so that its peak is its own."""
+    command = [sys.executable, "-W", "ignore", __file__, what, json.dumps(case), data]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    if ended.returncode:
+        raise SystemExit(f"{case}: {ended.stderr[-2000:]}")
+    return dict(json.loads(ended.stdout.splitlines()[-1]))
+
+
+def expected(case: Case) -> dict[str, float]:
+    """What the estimate says."""
+    import torch
+
+    from fedgen_app.fleet.estimate import estimate
+
+    torch.set_num_threads(1)
+    found = estimate(Settings.from_run_config(config_of(case)))
+    return {"peak": found.memory.peak, "up": found.up, "seconds": found.seconds_per_step}
+
+
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, Case, str]]:
+    """Name, settings and data of every case."""
+    held: list[Case] = [{"dtype": "float32"}, {"dtype": "bfloat16"}]
+    if options.bits:
+        held = [{"dtype": "float32", "backbone-bits": 4}, {"dtype": "float32", "backbone-bits": 8}]
+    shapes = ((8, 128), (16, 128), (8, 256)) if not options.backbone else ((2, 128), (4, 128), (4, 256))
+    for how in held:
+        name = " ".join(str(value) for value in how.values())
+        for batch, length in shapes:
+            case = {**how, "batch-size": batch, "sequence-length": length}
+            if options.backbone:
+                yield (
+                    f"{Path(options.backbone).name}, {batch} x {length}, {name}",
+                    {**case, **own(options)},
+                    options.data,
+                )
+            else:
+                yield f"bundled text, {batch} x {length}, {name}", case, "bundled"
+        if options.backbone:
+            case = {**how, "batch-size": 4, "sequence-length": 256, "gradient-checkpointing": True, **own(options)}
+            yield f"{Path(options.backbone).name}, 4 x 256, {name}, checkpoints", case, options.data
+            continue
+        for batch in (8, 32):
+            yield f"bundled images, {batch}, {name}", {**how, "task": "diffusion", "batch-size": batch}, "bundled"
+
+
+def own(options: argparse.Namespace) -> Case:
+    """The settings of a backbone that is not bundled."""
+    return {"backbone": options.backbone}
+
+
+def main() -> None:
+    """Print the table."""
+    if len(sys.argv) == 4 and sys.argv[1] in ("client", "expected"):
+        case, data = json.loads(sys.argv[2]), sys.argv[3]
+        print(json.dumps(client(case, data) if sys.argv[1] == "client" else expected(case)))
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backbone", default="", help="a language model's folder, instead of the bundled ones")
+    parser.add_argument("--data", default="", help="a text file for it")
+    parser.add_argument("--bits", action="store_true", help="in 4 and 8 bits")
+    options = parser.parse_args()
+    print("| case | peak, MB: estimated | measured | error | up: estimated | measured | s/step: estimated | measured |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, case, data in cases(options):
+        said, took = in_child("expected", case, data), in_child("client", case, data)
+        error = said["peak"] / took["peak"] - 1
+        print(
+            f"| {name} | {said['peak'] / 1e6:,.0f} | {took['peak'] / 1e6:,.0f} | {error:+.0%} "
+            f"| {said['up']:,.0f} | {took['up']:,.0f} | {said['seconds']:.3g} | {took['seconds']:.3g} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
