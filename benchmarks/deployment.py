@@ -126,8 +126,8 @@ def measure(nodes: int, warm: bool, rounds: int) -> tuple[dict[str, Any], dict[s
 
 def rounds_table(counts: list[int], rounds: int) -> None:
     """Warm against cold."""
-    print("| SuperNodes | worker | seconds per round (median) | to cold | up, a round | down, a round |")
-    print("|---|---|---|---|---|---|")
+    rows = ["| SuperNodes | worker | seconds per round (median) | to cold | up, a round | down, a round |"]
+    rows.append("|---|---|---|---|---|---|")
     used: dict[str, float] = defaultdict(float)
     same = []
     for nodes in counts:
@@ -139,9 +139,11 @@ def rounds_table(counts: list[int], rounds: int) -> None:
             cold = cold or median
             ratio = f"{cold / median:.1f} times faster" if warm else "–"
             sizes = f"{last['uplink_bytes'] / 1e3:.1f} kB | {last['downlink_bytes'] / 1e3:.1f} kB"
-            print(f"| {nodes} | {'warm' if warm else 'cold'} | {median:.1f} | {ratio} | {sizes} |", flush=True)
+            rows.append(f"| {nodes} | {'warm' if warm else 'cold'} | {median:.1f} | {ratio} | {sizes} |")
+            print(rows[-1], file=sys.stderr, flush=True)
             used |= {name: max(size, used[name]) for name, size in largest.items()}
         same.append(len(digests) == 1)
+    print("\n".join(rows))
     print(f"\nThe adapters of warm and cold runs are the same, bit for bit: {'yes' if all(same) else 'NO'}.")
     print("\n| process | memory (PSS, largest seen) |\n|---|---|")
     for name, size in sorted(used.items()):
