@@ -151,19 +151,34 @@ def test_each_client_has_a_rate_of_its_own() -> None:
         assert service.get("/health").status_code == 200
 
 
+def begun(service: Listening) -> socket.socket:
+    """A connection on which half a body has come."""
+    connection = socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=60)
+    head = f"POST /v1/images HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    connection.sendall(head.encode() + b"Content-Length: 900\r\n\r\nhalf")
+    while not service.metric("open"):
+        time.sleep(0.05)
+    return connection
+
+
 def test_slow_bodies_and_long_waits_end() -> None:
-    with listening(image_run(), seconds=0.3, arriving=1, patience=0.001) as service:
-        address = ("127.0.0.1", int(service.url.rpartition(":")[2]))
-        with socket.create_connection(address, timeout=20) as slow:
-            head = (
-                f"POST /v1/images HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 900\r\n\r\n"
-            )
-            slow.sendall(head.encode() + b"half")
-            time.sleep(0.1)
+    with listening(image_run(), seconds=5.0, arriving=1, patience=0.001) as service:
+        with begun(service) as slow:
             assert service.post("images", b"").status_code == 429  # the only place is taken
             assert slow.recv(100).startswith(b"HTTP/1.1 408")
         answer = service.post("images", asked_of(service.engine))
         assert answer.status_code == 503 and "not done in" in answer.text
+
+
+def test_who_leaves_in_the_middle_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
+    with listening(image_run(), arriving=1) as service:
+        begun(service).close()
+        deadline = time.monotonic() + 60
+        while service.metric("open"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert service.post("images", asked_of(service.engine)).status_code == 200
+    assert caplog.text == ""
 
 
 def test_a_mixed_adapter_is_the_exact_sum() -> None:

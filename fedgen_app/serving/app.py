@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from fedgen_app.errors import ServiceError
 from fedgen_app.serving import asks, body, metrics
@@ -91,6 +92,8 @@ class Service:
                         raise ServiceError(413, f"a body may have {most} bytes")
         except TimeoutError:
             raise ServiceError(408, f"the body did not arrive in {self.limits.seconds:g} seconds") from None
+        except ClientDisconnect:  # nobody is there any more to be told
+            raise ServiceError(400, "the body ended too early") from None
         return bytes(whole)
 
 
@@ -155,5 +158,5 @@ async def _drain(request: Request) -> None:
                 read += len(piece)
                 if read > DRAINED:
                     return
-    except (TimeoutError, RuntimeError):  # it takes too long, or was read already
+    except (TimeoutError, RuntimeError, ClientDisconnect):  # it takes too long, was read already, or nobody is there
         return
