@@ -139,11 +139,15 @@ def plain_echo() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
-            near, _ = listener.accept()
-            with near:
-                near.recv(4096)
+            with contextlib.suppress(TimeoutError):
+                near, _ = listener.accept()
+                with near:
+                    near.recv(4096)
 
+        listener.settimeout(30)
         thread = threading.Thread(target=serve)
         thread.start()
-        yield int(listener.getsockname()[1])
-        thread.join()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            thread.join()

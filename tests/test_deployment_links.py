@@ -100,9 +100,11 @@ def expired_server(fleet: Fleet) -> Iterator[int]:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield int(listener.getsockname()[1])
-        stop.set()
-        thread.join()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            stop.set()
+            thread.join()
 
 
 def test_an_expired_certificate_is_refused(fleet: Fleet) -> None:

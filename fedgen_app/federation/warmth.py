@@ -26,7 +26,17 @@ def remembered(context: Context) -> dict[str, Any]:
     source = me.backbone or s.backbone
     place = backbone.reference if looks_like_path(source) and Path(backbone.reference).is_dir() else source
     files = source_identity(place, "", "") if looks_like_path(place) else ""
-    key = [s.task, s.method, s.dtype, s.device, s.backbone_revision, s.gradient_checkpointing, source, files]
+    key = [
+        s.task,
+        s.method,
+        s.dtype,
+        s.device,
+        s.backbone_bits,
+        s.backbone_revision,
+        s.gradient_checkpointing,
+        source,
+        files,
+    ]
     return {
         "key": json.dumps([*key, s.lora.model_dump(mode="json", exclude={"init", "ranks"})]),
         "fork": backbone.device.type == "cpu",
@@ -41,7 +51,8 @@ def prepare(facts: Mapping[str, Any]) -> None:
     Raises:
         FedgenError: it is not to be had, or the device's policy does not allow it any more.
     """
-    context = Context(0, 0, facts["node"], RecordDict(), facts["run"])
+    # Here one thread alone may compute (fleet/zygote.py); the task's own process takes as many as are set.
+    context = Context(0, 0, facts["node"], RecordDict(), facts["run"] | {"threads": 0})
     me = Participant.from_context(context)
     load_task(me.settings.task)
     load_method(me.settings.method)
