@@ -87,46 +87,44 @@ def expected(case: Case) -> dict[str, float]:
     """What the estimate says."""
     import torch
 
+    from fedgen_app.fleet.devices import measured
     from fedgen_app.fleet.estimate import estimate
 
     torch.set_num_threads(1)
-    found = estimate(Settings.from_run_config(config_of(case)))
+    settings = Settings.from_run_config(config_of(case))
+    here = measured(torch.device("cpu"), getattr(torch, settings.dtype), time.process_time)
+    found = estimate(settings, device=here)
     return {"peak": found.memory.peak, "up": found.up, "seconds": found.seconds_per_step}
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, Case, str]]:
     """Name, settings and data of every case."""
-    held: list[Case] = [{"dtype": "float32"}, {"dtype": "bfloat16"}]
-    if options.bits:
-        held = [{"dtype": "float32", "backbone-bits": 4}, {"dtype": "float32", "backbone-bits": 8}]
-    shapes = ((8, 128), (16, 128), (8, 256)) if not options.backbone else ((2, 128), (4, 128), (4, 256))
-    for how in held:
-        name = " ".join(str(value) for value in how.values())
-        for batch, length in shapes:
-            case = {**how, "batch-size": batch, "sequence-length": length}
-            if options.backbone:
-                yield (
-                    f"{Path(options.backbone).name}, {batch} x {length}, {name}",
-                    {**case, **own(options)},
-                    options.data,
-                )
-            else:
-                yield f"bundled text, {batch} x {length}, {name}", case, "bundled"
-        if options.backbone:
-            case = {**how, "batch-size": 4, "sequence-length": 256, "gradient-checkpointing": True, **own(options)}
-            yield f"{Path(options.backbone).name}, 4 x 256, {name}, checkpoints", case, options.data
-            continue
+    if not options.backbone:
+        for batch, length, dtype in (
+            (8, 128, "float32"),
+            (16, 128, "float32"),
+            (8, 256, "float32"),
+            (8, 128, "bfloat16"),
+        ):
+            case: Case = {"dtype": dtype, "batch-size": batch, "sequence-length": length}
+            yield f"bundled text, {batch} x {length}, {dtype}", case, "bundled"
         for batch in (8, 32):
-            yield f"bundled images, {batch}, {name}", {**how, "task": "diffusion", "batch-size": batch}, "bundled"
-
-
-def own(options: argparse.Namespace) -> Case:
-    """The settings of a backbone that is not bundled."""
-    return {"backbone": options.backbone}
+            case = {"dtype": "float32", "batch-size": batch, "task": "diffusion"}
+            yield f"bundled images, {batch}, float32", case, "bundled"
+        return
+    for bits in (4, 8) if options.bits else (0,):
+        for dtype in ("float32", "bfloat16"):
+            for batch, length, checkpoints in ((2, 128, False), (4, 128, False), (4, 256, False), (4, 256, True)):
+                case = {"dtype": dtype, "batch-size": batch, "sequence-length": length, "backbone-bits": bits}
+                case |= {"gradient-checkpointing": checkpoints, "backbone": options.backbone}
+                name = f"{Path(options.backbone).name}, {batch} x {length}, {dtype}"
+                name += (f", {bits} bits" if bits else "") + (", checkpoints" if checkpoints else "")
+                if not bits or (batch, length) == (4, 128):
+                    yield name, case, options.data
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, or be the child that measures a case."""
     if len(sys.argv) == 4 and sys.argv[1] in ("client", "expected"):
         case, data = json.loads(sys.argv[2]), sys.argv[3]
         print(json.dumps(client(case, data) if sys.argv[1] == "client" else expected(case)))

@@ -82,18 +82,17 @@ CLASSES = dict(
 )
 
 
-def _best(work: Callable[[], object]) -> float:
-    """Seconds of the quickest of a few tries, as others may use the machine too."""
-    taken = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - began)
-    return min(taken[1:])
-
-
-def measured(device: torch.device, dtype: torch.dtype) -> Device:
+def measured(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Device:
     """This machine, by a second of products, copies and small operations in the type that is computed in."""
+
+    def best(work: Callable[[], object]) -> float:
+        """Seconds of the quickest of a few tries, as others may use the machine too."""
+        taken = []
+        for _ in range(REPEATS + 1):
+            began = clock()
+            work()
+            taken.append(clock() - began)
+        return min(taken[1:])
 
     def ended(work: Callable[[], object]) -> Callable[[], object]:
         def waited() -> None:
@@ -105,9 +104,9 @@ def measured(device: torch.device, dtype: torch.dtype) -> Device:
     left, right = (torch.rand(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
     big, small = torch.rand(COPIED, device=device), torch.rand(8, device=device)
     with torch.inference_mode():
-        product = _best(ended(lambda: left @ right))
-        moving = _best(ended(lambda: big + 1))
-        starting = _best(ended(lambda: [small + 1 for _ in range(STARTED)]))
+        product = best(ended(lambda: left @ right))
+        moving = best(ended(lambda: big + 1))
+        starting = best(ended(lambda: [small + 1 for _ in range(STARTED)]))
     name = str(dtype).removeprefix("torch.")
     speeds = {"float32": 2 * SIDE**3 / product} | {name: 2 * SIDE**3 / product}
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else psutil.virtual_memory().total

@@ -48,17 +48,19 @@ class Memory:
         libraries: Python, torch and all that is imported.
         adapter: As it learns, as it was received, and the optimiser's moments.
         step: Activations and gradients of a batch, or of a forward pass of a measurement, whichever is more.
+        kept: What the allocator keeps of smaller pieces that were let go: about as much as was held of them at once.
     """
 
     libraries: int
     weights: int
     adapter: int
     step: int
+    kept: int
 
     @property
     def peak(self) -> int:
         """All of it."""
-        return self.libraries + self.weights + self.adapter + self.step
+        return self.libraries + self.weights + self.adapter + self.step + self.kept
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Estimate:
                 "weights": self.memory.weights,
                 "adapter": self.memory.adapter,
                 "step": self.memory.step,
+                "kept": self.memory.kept,
                 "peak": self.memory.peak,
                 "device": self.device.memory,
             },
@@ -127,8 +130,8 @@ def libraries(task: str) -> int:
     return int(ended.stdout.split()[-1])
 
 
-def estimate(settings: Settings, source: str = "", device: str = "this", rows: int = 256) -> Estimate:
-    """What a run with these settings costs one client of a class of devices.
+def estimate(settings: Settings, source: str = "", device: str | Device = "this", rows: int = 256) -> Estimate:
+    """What a run with these settings costs one client of a class of devices, or of a device that was measured.
 
     Args:
         source: A device's own place of the backbone.
@@ -140,21 +143,25 @@ def estimate(settings: Settings, source: str = "", device: str = "this", rows: i
     method, task = check_method(settings), load_task(settings.task)
     place = pick_device(settings.device)
     folder = find(source or settings.backbone, settings.backbone_revision, task, weights=False)
-    dtype = torch.float32 if method.weights == "model" else _dtype(settings, device, place)
+    name = device if isinstance(device, str) else device.name
+    dtype = torch.float32 if method.weights == "model" else _dtype(settings, name, place)
     backbone = outlined(settings, folder, task, dtype, method.weights)
     train, measure = _costs(settings, task, method, backbone)
     learning = 4 * sum(math.prod(shape) for _, shape in backbone.layout)
-    step = max(train.peak, measure.peak)
+    step, kept = max(train.peak, measure.peak), max(train.heap, measure.heap)
     copies = COPIES - 1 if method.weights == "model" else COPIES  # the model itself is what learns
-    memory = Memory(libraries(settings.task), backbone.held_bytes, copies * learning, step)
-    of, sent = device_of(device, place, dtype), traffic(settings, method, backbone.layout)
+    memory = Memory(
+        libraries(settings.task), backbone.held_bytes, copies * learning, step, kept if place.type == "cpu" else 0
+    )
+    of = device_of(device, place, dtype) if isinstance(device, str) else device
+    sent = traffic(settings, method, backbone.layout)
     plan = round_plan(settings, 1, 0, dtype)
     per_step = settings.accumulate * of.seconds(train.operations, dtype)
     flops = settings.accumulate * train.flops
-    name = str(dtype).removeprefix("torch.")
+    called = str(dtype).removeprefix("torch.")
     steps = planned_steps(rows, plan)
     return Estimate(
-        of, name, backbone.parameters, memory, sent.up, sent.down_first, sent.down, rows, steps, flops, per_step
+        of, called, backbone.parameters, memory, sent.up, sent.down_first, sent.down, rows, steps, flops, per_step
     )
 
 
@@ -201,6 +208,7 @@ def shown(found: Estimate) -> Sequence[str]:
         "weights": memory.weights,
         "adapter and optimiser": memory.adapter,
         "activations and gradients": memory.step,
+        "kept by the allocator": memory.kept,
     }
     return [
         f"device     {found.device.name}: {found.device.source}",

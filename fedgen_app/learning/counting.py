@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+SMALL = 32 * 2**20  # glibc maps what is larger, and gives it back at once (mallopt(3), M_MMAP_THRESHOLD)
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -34,10 +36,12 @@ class Cost:
 
     Attributes:
         peak: Bytes held at once beside the model itself.
+        heap: The most that was held at once in pieces of up to 32 MiB, of which glibc keeps what is let go.
         operations: In order; views, which compute nothing, have no bytes.
     """
 
     peak: int = 0
+    heap: int = 0
     operations: list[Operation] = field(default_factory=list)
 
     @property
@@ -84,7 +88,7 @@ class _Book(cast(Any, TorchDispatchMode)):  # type: ignore[misc]  # torch leaves
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.cost = Cost()
-        self.held = 0
+        self.held, self.small = 0, 0
         owned = [*model.parameters(), *model.buffers()]
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in owned}  # counted elsewhere
 
@@ -99,6 +103,7 @@ class _Book(cast(Any, TorchDispatchMode)):  # type: ignore[misc]  # torch leaves
             moved = sum(tensor.nbytes for tensor in _tensors([args, kwargs, result]))
         self.cost.operations.append(Operation(_flops(func, args, dict(kwargs or {}), result), moved))
         self.cost.peak = max(self.cost.peak, self.held)
+        self.cost.heap = max(self.cost.heap, self.small)
         return result
 
     def _take(self, tensor: torch.Tensor) -> int:
@@ -107,11 +112,14 @@ class _Book(cast(Any, TorchDispatchMode)):  # type: ignore[misc]  # torch leaves
             return 0
         size = self.sizes[storage._cdata] = storage.nbytes()
         self.held += size
+        self.small += size if size <= SMALL else 0
         weakref.finalize(storage, self._let_go, storage._cdata)
         return size
 
     def _let_go(self, storage: int) -> None:
-        self.held -= self.sizes.pop(storage)
+        size = self.sizes.pop(storage)
+        self.held -= size
+        self.small -= size if size <= SMALL else 0
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
