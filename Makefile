@@ -4,7 +4,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: run test test-fast check clean
+.PHONY: run test test-fast test-deployment check clean
 
 run: .venv/sim
 	$(BIN)/fedgen run --preset quickstart
@@ -13,7 +13,11 @@ test: .venv/dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-fast: .venv/dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow and not deployment"
+
+# A fleet of processes that is broken on purpose: a quarter of an hour, with nginx (FEDGEN_NGINX where it is not on PATH).
+test-deployment: .venv/dev
+	$(BIN)/python -m pytest -m deployment
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

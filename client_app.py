@@ -9,6 +9,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgen_app.federation import requirement, wire
+from fedgen_app.federation.alone import alone
 from fedgen_app.federation.client import Participant, Work, guarded, personal_plan, round_plan
 from fedgen_app.federation.consent import check_plans, policed
 from fedgen_app.learning import adapters
@@ -17,7 +18,7 @@ from fedgen_app.learning.task import Metrics
 from fedgen_app.runs.personal import Kept
 from fedgen_app.runs.progress import step_bar
 
-app = ClientApp(mods=[guarded, policed])
+app = ClientApp(mods=[guarded, policed, alone])
 
 
 @app.query("roll_call")

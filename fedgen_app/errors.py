@@ -63,6 +63,20 @@ class MetricError(FedgenError):
     code = 108
 
 
+class ServiceError(FedgenError):
+    """The inference service refuses a request, or a device gets no answer from it.
+
+    Attributes:
+        status: The HTTP status that says so; 0: there was no answer.
+    """
+
+    code = 109
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class LockedError(RunError):
     """Another process is writing into the run folder."""
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from fleets import Fleet
 
 # Several processes share the tests: more threads than cores make all of them slow. Read when torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -31,3 +35,12 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Three devices with warm workers; whoever breaks something mends it again."""
+    from fleets import Fleet
+
+    with Fleet(tmp_path_factory.mktemp("fleet")) as running:
+        yield running

@@ -75,13 +75,13 @@ def test_the_sum_is_exact_in_linear_and_convolution_layers_of_mixed_ranks(rslora
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """What the sampler hands on, in float32, before it is rounded to pixels."""
     kept: list[torch.Tensor] = []
-    to_pixels = _sampling._to_pixels
+    to_pixels = _sampling.to_pixels
 
     def keep(pipeline: Any, current: torch.Tensor) -> Any:
         kept.append(current.clone())
         return to_pixels(pipeline, current)
 
-    monkeypatch.setattr(_sampling, "_to_pixels", keep)
+    monkeypatch.setattr(_sampling, "to_pixels", keep)
     return kept
 
 

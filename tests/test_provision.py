@@ -48,6 +48,7 @@ host = "pi-1.local"
 [[device]]
 id = 12
 data = "/data/texts"
+warm = false
 """
 BIN = Path(sys.executable).parent
 
@@ -97,6 +98,7 @@ DEVICE = {
     "threads = -1": r"device\[1\]\.threads = -1: should be greater than or equal to 0",
     "rank = -1": r"device\[1\]\.rank = -1: should be greater than or equal to 0",
     "rank = true": r"device\[1\]\.rank = True: should be a valid integer",
+    "warm = 'yes'": r"device\[1\]\.warm = 'yes': should be a valid boolean",
     "color = 'red'": r"device\[1\]\.color = 'red': no such key",
 }
 
@@ -271,11 +273,9 @@ def local_fleet(tmp_path: Path) -> Path:
     environment = tmp_path / "environment" / "bin"
     environment.mkdir(parents=True)
     (environment / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    for name in ("superlink", "superexec", "supernode"):
-        (environment / f"flower-{name}").write_text(
-            f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n"
-        )
-    for name in ("flwr-serverapp", "flwr-clientapp", "flwr", "fedgen"):
+    for name in ("flower-superlink", "flower-superexec", "flower-supernode", "fedgen"):
+        (environment / name).write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    for name in ("flwr-serverapp", "flwr-clientapp", "flwr"):
         (environment / name).write_text("#!/bin/sh\n")
     for program in environment.iterdir():
         program.chmod(0o755)
@@ -316,6 +316,31 @@ def test_an_installed_device_starts_flower_as_flower_wants_it(tmp_path: Path) ->
         "state-dir": f"{var}/adapters",
         "policy": f"{etc}/policy.toml",
     }
+    # The worker finds the SuperNode, and has the secret without which nobody gets its tasks.
+    secret = var / "worker.secret"
+    assert parsed.isolation == "process" and parsed.superexec_auth_secret_file == str(secret)
+    assert len(secret.read_bytes()) == 48 and stat.S_IMODE(secret.stat().st_mode) == 0o600
+    kept = secret.read_bytes()
+    started(etc / "supernode.sh", tmp_path)
+    assert secret.read_bytes() == kept
+    asked = ["device-worker", "--runtime", "127.0.0.1:9094", "--secret", str(secret)]
+    assert started(etc / "worker.sh", tmp_path) == asked
+
+
+def test_a_device_may_have_no_worker_and_loses_the_one_that_it_had(tmp_path: Path) -> None:
+    made = local_fleet(tmp_path)
+    etc = tmp_path / "etc"
+    for device in ("12", "ward-7"):
+        assert install(made, device, tmp_path / "unpacked", "--files-only", "--offline").returncode == 0
+    arguments = started(etc / "12" / "supernode.sh", tmp_path)
+    assert "--isolation" not in arguments and not (tmp_path / "var" / "12" / "worker.secret").exists()
+    assert not (etc / "12" / "worker.sh").exists() and (etc / "ward-7" / "worker.sh").exists()
+    told = again(made, (tmp_path / "fleet.toml").read_text().replace("rank = 4", "rank = 4\nwarm = false"))
+    assert f"install again: {made}/devices/ward-7.tar" in told
+    assert not [p.name for p in (made / "devices" / "ward-7").iterdir() if "worker" in p.name]
+    # Unpacked over the older archive, whose files are still there.
+    assert install(made, "ward-7", tmp_path / "unpacked", "--files-only", "--offline").returncode == 0
+    assert not (etc / "ward-7" / "worker.sh").exists()
 
 
 def test_an_installed_server_starts_flower_as_flower_wants_it(tmp_path: Path) -> None:
@@ -365,7 +390,12 @@ def test_install_scripts_check_their_steps(tmp_path: Path) -> None:
 
 def test_systemd_takes_the_units(made: Path, tmp_path: Path) -> None:
     units = sorted(made.rglob("*.service"))
-    assert len(units) == 4
+    assert len(units) == 5
+    worker = (made / "devices" / "ward-7" / "fedgen-worker-ward-7.service").read_text()
+    assert "InaccessiblePaths=/etc/fedgen/ward-7/device.key\n" in worker and "IPAddressDeny=any\n" in worker
+    hub = again(made, FLEET.replace('backbone = "/models/smollm2"', 'backbone = "org/model"'))
+    assert "ward-7.tar" in hub
+    assert "IPAddressDeny" not in (made / "devices" / "ward-7" / "fedgen-worker-ward-7.service").read_text()
     node = (made / "devices" / "ward-7" / "fedgen-supernode-ward-7.service").read_text()
     assert (
         "RestartSec=70\n" in node and "Restart=always\n" in node and f"MemoryMax={4_000_000_000 + 2 * 1024**3}" in node

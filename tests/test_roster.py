@@ -117,6 +117,33 @@ def test_a_newcomer_with_a_members_id_costs_both_their_place() -> None:
     assert list(called.members) == [2] and set(called.left_out) == {71, 72}
 
 
+def test_a_node_that_was_killed_and_is_still_listed_is_no_duplicate() -> None:
+    called, events = roster()
+    fleet = Fleet({71: here(1), 73: here(2)})
+    called.call(fleet)
+    for answer in (None, Error(5)):  # it stays silent, or the SuperLink says that it is gone
+        old = called.members[1].node
+        fleet.answers[old], fleet.answers[old + 10] = answer, here(1)
+        called.ask_newcomers(fleet, 0.05)
+        assert called.members[1].node == old + 10 and not called.left_out
+    assert {event["event"] for event in events} == {"silent"}
+
+
+def test_a_node_that_errs_is_asked_again_ever_more_rarely_and_comes_back() -> None:
+    called, events = roster()
+    fleet = Fleet({71: Error(8), 72: here(2)})
+    called.call(fleet)
+    for _ in range(8):
+        called.ask_newcomers(fleet, 0.05)
+    assert fleet.asked.count(71) == 4 and fleet.asked.count(72) == 1 and called.left_out == {71: "error"}
+    assert [e["event"] for e in events] == ["left-out"]
+    fleet.answers[71] = here(1)
+    for _ in range(16):
+        called.ask_newcomers(fleet, 0.05)
+    assert in_order(called.members) == [1, 2] and not called.left_out
+    assert events[1:] == [{"event": "back", "node": 71, "client": 1}]
+
+
 def test_another_backbone_is_left_out_and_both_fingerprints_are_shown() -> None:
     called, events = roster()
     called.call(Fleet({71: changed(1, fingerprint=THEIRS), 72: here(2)}))

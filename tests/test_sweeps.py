@@ -286,6 +286,23 @@ def test_the_frozen_backbone_is_a_row(sweep: Sweep, rows: list[Row]) -> None:
     assert lines.index(next(x for x in lines if x.startswith("| frozen"))) == 2, "above the rows"
 
 
+def test_clusters_have_a_rand_index_and_kid_by_class(sweep: Sweep) -> None:
+    def clustered(rand: float, kid: float) -> dict[str, Any]:
+        one = results([100.0], 80.0, clustering={"adjusted_rand": rand})
+        one["final"]["personal"]["global"]["kid_by_class"] = {"bag": kid, "coat": 2.0}
+        return one
+
+    seeds = {"a": [clustered(0.5, 3.0), clustered(1.0, 5.0), clustered(0.9, 4.0)], "b": [results([100.0], 80.0)] * 3}
+    lines = markdown.table_of(sweep, found := gathered(sweep, {**seeds, "own": [None] * 3}))
+    at = {name: number for number, name in enumerate(cells(lines, "variant"))}
+    index, kid = at["adjusted Rand index of the clusters"], at["KID of bag, clients' hold-outs, global"]
+    assert cells(lines, "a")[index] == "0.80 ± 0.26" and cells(lines, "b")[index] == "–"
+    assert cells(lines, "a")[kid] == "4 ± 1" and found[0].spread("adjusted_rand") is not None
+    assert not any("Rand" in line for line in markdown.notes(sweep, found))
+    of = plan(TABLE.replace("[variants.a]", '[variants.a]\nclusters.by = "oracle"'))
+    assert any("1 is the truth" in line for line in markdown.notes(of, gathered(of, {**seeds, "own": [None] * 3})))
+
+
 def test_frozen_backbones_that_differ_are_rows_of_their_own(sweep: Sweep) -> None:
     stale = {"frozen": {"word_perplexity": 180.0}}
     found = gathered(

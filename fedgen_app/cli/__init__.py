@@ -9,6 +9,7 @@ import typer
 from fedgen_app.cli import (
     audit_prompts,
     backbone,
+    device_worker,
     doctor,
     estimate,
     generate,
@@ -17,6 +18,7 @@ from fedgen_app.cli import (
     reproduce,
     resume,
     run,
+    serve,
     sweep,
 )
 from fedgen_app.errors import FedgenError
@@ -31,11 +33,13 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("resume")(resume.resume)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("audit-prompts")(audit_prompts.audit_prompts)
 app.command("sweep")(sweep.sweep)
 app.command("reproduce")(reproduce.reproduce)
 app.command("provision")(provision.provision)
 app.command("register")(provision.register)
+app.command("device-worker")(device_worker.device_worker)
 app.command("doctor")(doctor.doctor)
 app.add_typer(backbone.app, name="backbone")
 app.command("estimate")(estimate.estimate)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedgen_app.cli import mixing
+from fedgen_app.cli import via as remote
+from fedgen_app.cli.finished import adapter_file, adapters_in, settings_of
 from fedgen_app.errors import SettingsError
 from fedgen_app.settings import Settings
 
@@ -36,27 +38,51 @@ def generate(
         Path | None, typer.Option(help="With --mix auto: the key that the run's devices share, where they have one.")
     ] = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="With no adapter.")] = False,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="With the adapter in this folder, such as a device's own.")
+    ] = None,
+    backbone: Annotated[
+        str,
+        typer.Option(metavar="FOLDER", help="Where the same backbone lies here; default: as the run says."),
+    ] = "",
+    via: Annotated[
+        str, typer.Option(metavar="URL", help="Through the service `fedgen serve` there, with --mix as its adapters.")
+    ] = "",
+    split: Annotated[
+        int, typer.Option(min=0, help="With --via, images: so many steps there, the rest here; 0: all there.")
+    ] = 0,
+    token_file: Annotated[
+        Path | None, typer.Option(help="With --via: the service's token; default: FEDGEN_TOKEN of the environment.")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="With --via: certificate of an own authority; default: the system's.")
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="What to continue or to draw; may be repeated; default: the run's own prompts."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many samples per prompt.")] = 1,
-    seed: Annotated[int | None, typer.Option(min=0, help="Default: the run's seed.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Default: the run's seed.")] = None,
     length: Annotated[int, typer.Option(min=0, help="Text: new tokens; 0: as the run's settings say.")] = 0,
     steps: Annotated[int, typer.Option(min=0, max=1000, help="Images: sampler steps; 0: likewise.")] = 0,
     output: Annotated[Path | None, typer.Option(help="A file; default: the terminal, images: generated.png.")] = None,
 ) -> None:
     """Generate samples."""
-    if sum(map(bool, (client, cluster, frozen, mix))) > 1:
-        raise SettingsError("--client, --cluster, --mix and --frozen exclude each other")
+    if sum(map(bool, (client, cluster, frozen, mix and not via, adapter))) > 1:
+        names = "--client, --cluster, --adapter, " + ("--frozen" if via else "--mix and --frozen")
+        raise SettingsError(f"{names} exclude each other")
     folder, prompts = run_dir.resolve(), [text for text in prompt or [] if text]
-    settings = _settings(folder)
-    wanted = mixing.asked(folder / "clusters", mix, prompts) if mix else []
-    if cluster_key is not None and None not in wanted:
+    settings = settings_of(folder)
+    changed = {key: value for key, value in (("length", length), ("steps", steps)) if value}
+    asked = settings.model_copy(update={"samples": settings.samples.model_copy(update=changed)})
+    wanted = mixing.asked(folder / "clusters", mix, prompts) if mix and not via else []
+    far = remote.asked(via, split, token_file, ca, mix or [], prompts, asked)
+    if cluster_key is not None and None not in (far.mixes if far else wanted):
         raise SettingsError(f"--cluster-key {cluster_key}: serves --mix auto alone")
-    file = _adapter_file(folder, client, cluster)
-    if not (frozen or mix) and not file.is_file():
-        there = ", ".join(_adapters(folder)) or f"none before its end; to go on with it: fedgen resume {folder}"
+    file = adapter / "adapter_model.safetensors" if adapter else adapter_file(folder, client, cluster)
+    needed = bool(adapter) or not frozen and (remote.needs_adapter(far, settings) if far else not mix)
+    if needed and not file.is_file():
+        there = ", ".join(adapters_in(folder)) or f"none before its end; to go on with it: fedgen resume {folder}"
         raise SettingsError(f"{file}: no such adapter in this run; there are {there}")
 
     from fedgen_app.federation.client import load_method
@@ -64,22 +90,28 @@ def generate(
     from fedgen_app.learning.backbone import load_task, open_backbone
 
     task = load_task(settings.task)
-    backbone = open_backbone(settings, weights=load_method(settings.method).weights)
-    _refuse(settings.task, task.takes(backbone), prompt=prompts[0] if prompts else "", length=length, steps=steps)
-    own = prompts or task.prompts(settings, backbone)
+    opened = open_backbone(settings, backbone, weights=load_method(settings.method).weights)
+    _refuse(settings.task, task.takes(opened), prompt=prompts[0] if prompts else "", length=length, steps=steps)
+    own = prompts or task.prompts(settings, opened)
     texts = [text for text in own for _ in range(count)]
-    changed = {key: value for key, value in (("length", length), ("steps", steps)) if value}
-    asked = settings.model_copy(update={"samples": settings.samples.model_copy(update=changed)})
-    arguments = (asked, backbone, texts, settings.seed if seed is None else seed)
-    if mix:
-        mixtures = _mixtures(settings, task, backbone, own, wanted, folder / "clusters", cluster_key)
+    drawn = settings.seed if seed is None else seed
+    arguments = (asked, opened, texts, drawn)
+    if mix and not far:
+        mixtures = _mixtures(settings, task, opened, own, wanted, folder / "clusters", cluster_key)
         samples = _mixed(*arguments, task, [m for m in mixtures for _ in range(count)], folder / "clusters")
-    elif frozen:
-        with backbone.model.disable_adapter():
-            samples = task.sample(*arguments)
     else:
-        adapters.write(backbone.model, adapters.load_adapter(file))
-        samples = task.sample(*arguments)
+        if needed:
+            adapters.write(opened.model, adapters.load_adapter(file))
+        with opened.model.disable_adapter() if frozen else contextlib.nullcontext():
+            if far:
+                samples = far.samples(asked, task, opened, own, count, drawn, cluster_key)
+            else:
+                samples = task.sample(*arguments)
+    _put(task, samples, output)
+
+
+def _put(task: Task, samples: Sequence[Sample], output: Path | None) -> None:
+    """Into a file, or onto the terminal."""
     shown = task.render.encode(samples)
     if output is None and task.render.printable:
         print(shown.decode(), end="")
@@ -145,24 +177,3 @@ def _free(suffix: str) -> Path:
     """The first of generated, generated-2, ... that is not there yet."""
     later = (Path(f"generated-{number}{suffix}") for number in itertools.count(2))
     return next(file for file in itertools.chain([Path(f"generated{suffix}")], later) if not file.exists())
-
-
-def _settings(folder: Path) -> Settings:
-    try:
-        run_config = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{folder}: not a run folder: {error}") from None
-    return Settings.from_run_config(run_config)
-
-
-def _adapter_file(folder: Path, client: str, cluster: str) -> Path:
-    for option, value in (("--client", client), ("--cluster", cluster)):
-        if value and (Path(value).name != value or value.startswith(".")):
-            raise SettingsError(f"{option} {value}: should be an id such as {', '.join(_adapters(folder)[:3])}")
-    part = f"clients/{client}" if client else f"clusters/{cluster}" if cluster else "global"
-    whole = folder / part / "model.safetensors"  # where all weights learned
-    return whole if whole.is_file() else folder / part / "adapter_model.safetensors"
-
-
-def _adapters(folder: Path) -> list[str]:
-    return [str(f.parent.relative_to(folder)) for f in sorted(folder.glob("**/*model.safetensors"))]

@@ -22,6 +22,15 @@ def asked(folder: Path, mix: Sequence[str], prompts: Sequence[str]) -> list[dict
     known = clusters_in(folder)
     if not known:
         raise SettingsError(f"--mix {mix[0]}: this run has no adapters of clusters")
+    return read(mix, prompts, known)
+
+
+def read(mix: Sequence[str], prompts: Sequence[str], known: Sequence[int] | None) -> list[dict[int, float] | None]:
+    """The same, among known clusters, or, where a service knows them (None), any.
+
+    Raises:
+        SettingsError: as ``asked``.
+    """
     if len(mix) not in (1, len(prompts)):
         raise SettingsError(
             f"--mix: {len(mix)} of them for {len(prompts)} --prompt; should be one for all, or one each"
@@ -35,7 +44,7 @@ def clusters_in(folder: Path) -> list[int]:
     return sorted(int(file.parent.name) for file in files if file.parent.name.isdecimal())
 
 
-def _weights(text: str, known: Sequence[int]) -> dict[int, float]:
+def _weights(text: str, known: Sequence[int] | None) -> dict[int, float]:
     weights: dict[int, float] = {}
     for part in text.split(","):
         name, _, number = part.partition(":")
@@ -43,7 +52,7 @@ def _weights(text: str, known: Sequence[int]) -> dict[int, float]:
             cluster, weight = int(name), float(number)
         except ValueError:
             raise SettingsError(f"--mix {text}: should be {AUTO}, or cluster:weight such as 0:0.7,2:0.3") from None
-        if cluster not in known:
+        if known is not None and cluster not in known:
             raise SettingsError(f"--mix {text}: no cluster {cluster}; there are {', '.join(map(str, known))}")
         if cluster in weights:
             raise SettingsError(f"--mix {text}: cluster {cluster} has two weights")

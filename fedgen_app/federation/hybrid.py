@@ -60,6 +60,20 @@ def likened(vector: Numbers, centres: Mapping[int, Numbers], temperature: float)
     return Mixture.of(attention({c: float(vector @ centre) for c, centre in centres.items()}, temperature))
 
 
+def turned(settings: Settings, task: Task, backbone: Backbone, texts: Sequence[str], key: bytes) -> tuple[Numbers, str]:
+    """Prompts as the run's devices encode them, but without noise, (texts, width), and the mark of their space.
+
+    Args:
+        key: The secret of the devices, where they have one.
+
+    Raises:
+        DataError: a prompt has no direction.
+    """
+    rows = encode(settings, task, backbone, texts)
+    width = rows.shape[1]
+    return rows @ rotation(key, width).T if key else rows, space_of(mark_of(settings, backbone), key, width)
+
+
 def mixtures_for(
     settings: Settings, task: Task, backbone: Backbone, texts: Sequence[str], folder: Path, key: bytes = b""
 ) -> list[Mixture]:
@@ -77,10 +91,9 @@ def mixtures_for(
     centres, space = centroids_of(folder)
     if not all(text.strip() for text in texts):
         raise SettingsError(f"--mix auto: there is no prompt to go by; name one with --prompt, or {EXPLICIT}")
-    rows = encode(settings, task, backbone, texts)
-    if space_of(mark_of(settings, backbone), key, rows.shape[1]) != space:
+    rows, own = turned(settings, task, backbone, texts, key)
+    if own != space:
         secret = "the devices turned what they sent with a secret key, or used another encoder; with --cluster-key FILE"
         why = "the devices of this run have another key or encoder" if key else f"{secret} a device can"
         raise SettingsError(f"--mix auto: this prompt cannot be compared with the clusters: {why}; or {EXPLICIT}")
-    turned = rows @ rotation(key, rows.shape[1]).T if key else rows
-    return [likened(row, centres, settings.clusters.temperature) for row in turned]
+    return [likened(row, centres, settings.clusters.temperature) for row in rows]

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedgen_app.errors import PolicyError, RunError, meaning
-from fedgen_app.federation.exchange import TTL_MARGIN, Patience, collect
+from fedgen_app.federation.exchange import TTL_MARGIN, Patience, Replies, collect
 from fedgen_app.federation.method import ClientId
 from fedgen_app.seeds import derive
 
@@ -122,7 +122,8 @@ class Roster:
         fingerprint: Of the server's backbone; a node with another one is left out.
         expected: Wait for so many clients; 0: in a simulation for all of them, else for the first.
         rank: The one that all adapters have to have; a node that affords less is left out; 0: ranks may differ.
-        silent: How often each node did not answer the roll call.
+        left_out: Nodes that do not take part, and why. One that answered with an error is asked again.
+        silent: How often each node did not answer the roll call, or with an error.
         simulated: How many clients the simulation has, as its nodes say; 0: real devices.
     """
 
@@ -167,16 +168,14 @@ class Roster:
     def ask_newcomers(self, grid: Grid, deadline: float) -> int:
         """Ask the nodes that are new; returns how many clients a simulation says it has, else 0."""
         nodes = set(grid.get_node_ids())
-        known = {m.node for m in self.members.values()} | set(self.left_out)
+        settled = {node for node, reason in self.left_out.items() if reason != "error"}
+        known = {m.node for m in self.members.values()} | settled
         self._calls += 1
         # A node that stays silent is asked ever more rarely, or it would delay every round.
         fresh = sorted(n for n in nodes - known if self._calls % 2 ** self.silent.get(n, 0) == 0)
         if not fresh:
             return self.simulated
-        messages = [
-            Message(RecordDict({"config": ConfigRecord({})}), n, ROLL_CALL, ttl=deadline + TTL_MARGIN) for n in fresh
-        ]
-        replies = collect(grid, messages, Patience(deadline))
+        replies = self._ask(grid, fresh, deadline)
         for node in sorted(replies.missing | replies.unreadable):
             self.silent[node] = self.silent.get(node, 0) + 1
             self.report("silent", node=node)
@@ -188,9 +187,25 @@ class Roster:
                 self._leave_out(node, out.reason, str(out), out.client)
             else:
                 claims.setdefault(member.client, []).append(member)
+        present = self._still_there(grid, {m.node for c in claims if (m := self.members.get(c))} & nodes, deadline)
         for client in in_order(claims):
-            self._settle(client, claims[client], nodes)
+            self._settle(client, claims[client], present)
         return self.simulated
+
+    def _ask(self, grid: Grid, nodes: Iterable[int], deadline: float) -> Replies:
+        ttl = deadline + TTL_MARGIN
+        return collect(
+            grid,
+            [Message(RecordDict({"config": ConfigRecord({})}), node, ROLL_CALL, ttl=ttl) for node in nodes],
+            Patience(deadline),
+        )
+
+    def _still_there(self, grid: Grid, nodes: set[int], deadline: float) -> set[int]:
+        """Of members whose id a newcomer claims, the nodes that answer: what was killed is listed for a while."""
+        if not nodes:
+            return set()
+        replies = self._ask(grid, sorted(nodes), deadline)
+        return {node for node, message in replies.messages.items() if not message.has_error()}
 
     def _read(self, node: int, message: Message) -> Member:
         if message.has_error():
@@ -222,9 +237,9 @@ class Roster:
         except ValueError as error:  # it can train all the same, but nobody knows with whom
             return Member(client, node, examples, rank, versions, skipped, unplaced=str(error))
 
-    def _settle(self, client: ClientId, claims: list[Member], nodes: set[int]) -> None:
+    def _settle(self, client: ClientId, claims: list[Member], present: set[int]) -> None:
         before = self.members.get(client)
-        if before is not None and before.node in nodes:  # still there: someone else takes its name
+        if before is not None and before.node in present:  # someone else takes its name
             claims.append(before)
         if len(claims) > 1:
             self.members.pop(client, None)
@@ -232,8 +247,14 @@ class Roster:
                 self._leave_out(member.node, "duplicate", f"{len(claims)} nodes claim this id", client)
             return
         self.members[client] = claims[0]
+        if self.left_out.pop(claims[0].node, None):
+            self.report("back", node=claims[0].node, client=client)
 
     def _leave_out(self, node: int, reason: str, detail: str, client: ClientId | None = None) -> None:
+        if reason == "error":
+            self.silent[node] = self.silent.get(node, 0) + 1
+        if self.left_out.get(node) == reason:  # told already
+            return
         self.left_out[node] = reason
         self.report("left-out", node=node, client=client, reason=reason, detail=detail)
 

@@ -19,6 +19,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 USER = "fedgen"
 # Beside what training may take: Python, torch and the SuperNode's own process, 0.4 GB each, and some room.
 ROOM = 2 * 1024**3
+# Of the worker's service. The code comes from the server; with a backbone on the device it has no use for the net.
+OWN_LOOPBACK = "IPAddressDeny=any\nIPAddressAllow=localhost"
+ANY_NET = "# The backbone may have to be fetched from a hub: no limit to addresses."
 SECRET, PUBLIC, PROGRAM = 0o600, 0o644, 0o755
 
 
@@ -108,20 +111,24 @@ def device_files(fleet: Fleet, device: Device, ca: bytes, key: bytes) -> Files:
         "address": fleet.server.address,
         "port": device.port,
         "data": shlex.quote(device.data),
+        "warm": "yes" if device.warm else "no",
         "limits": f"MemoryMax={device.memory + ROOM}"
         if device.memory
         else "# No memory in the fleet file: no MemoryMax.",
-        "programs": "flower-supernode flower-superexec flwr-clientapp",
+        "net": OWN_LOOPBACK if device.backbone.startswith("/") or device.backbone == "bundled" else ANY_NET,
+        "programs": "flower-supernode fedgen" if device.warm else "flower-supernode flower-superexec flwr-clientapp",
     }
-    return {
+    files = {
         "ca.crt": File(ca, PUBLIC),
         "device.key": File(key, SECRET),
         "node.toml": File(toml(node_config(fleet, device)).encode(), SECRET),
         "policy.toml": File(_template("policy.toml", values).encode(), SECRET),
-        "supernode.sh": File(_template("supernode.sh", values).encode(), PROGRAM),
-        f"fedgen-supernode-{device.id}.service": File(_template("supernode.service", values).encode(), PUBLIC),
         "install.sh": _installer("install-device.sh", values),
     }
+    for name in ("supernode", "worker") if device.warm else ("supernode",):
+        files[f"{name}.sh"] = File(_template(f"{name}.sh", values).encode(), PROGRAM)
+        files[f"fedgen-{name}-{device.id}.service"] = File(_template(f"{name}.service", values).encode(), PUBLIC)
+    return files
 
 
 def server_files(fleet: Fleet, secrets: Mapping[str, bytes], public_keys: Mapping[str, bytes]) -> Files:

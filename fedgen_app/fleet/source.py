@@ -24,6 +24,30 @@ LATER = frozenset((408, 425, 429, 500, 502, 503, 504))  # answers that may be ot
 Result = TypeVar("Result")
 
 
+@contextlib.contextmanager
+def connected(url: str, ca: Path | None, timeouts: httpx.Timeout = TIMEOUTS) -> Iterator[httpx.Client]:
+    """A client for an address, over TLS unless it is this machine's own.
+
+    Raises:
+        SettingsError: the address is none, or would send in the clear over a net; or the certificate is none.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise SettingsError(f"{url}: no address: {error}") from None
+    if parts.scheme not in ("https", "http") or not host or parts.query or parts.fragment or "@" in parts.netloc:
+        raise SettingsError(f"{url}: should be like https://HOST{f':{port}' if port else ''}/FOLDER")
+    if parts.scheme == "http" and not is_loopback(host):
+        raise SettingsError(f"{url}: http is taken from this machine itself only; use https")
+    try:
+        context = ssl.create_default_context(cafile=str(ca) if ca else None)
+    except OSError as error:
+        raise SettingsError(f"--ca {ca}: {error.strerror or error}") from None
+    with httpx.Client(verify=context, timeout=timeouts, follow_redirects=False) as client:
+        yield client
+
+
 class _Failed(Exception):
     """A request did not succeed, but may do so later."""
 
@@ -55,20 +79,7 @@ class Source:
         Raises:
             SettingsError: the address is none, or would send in the clear over a net.
         """
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname or "", parts.port
-        except ValueError as error:
-            raise SettingsError(f"{url}: no address: {error}") from None
-        if parts.scheme not in ("https", "http") or not host or parts.query or parts.fragment or "@" in parts.netloc:
-            raise SettingsError(f"{url}: should be like https://HOST{f':{port}' if port else ''}/FOLDER")
-        if parts.scheme == "http" and not is_loopback(host):
-            raise SettingsError(f"{url}: http is taken from this machine itself only; use https")
-        try:
-            context = ssl.create_default_context(cafile=str(ca) if ca else None)
-        except OSError as error:
-            raise SettingsError(f"--ca {ca}: {error.strerror or error}") from None
-        with httpx.Client(verify=context, timeout=TIMEOUTS, follow_redirects=False) as client:
+        with connected(url, ca) as client:
             yield cls(url.rstrip("/") + "/", client, patience)
 
     def small(self, name: str, most: int) -> bytes:

@@ -145,6 +145,7 @@ class Device(_Table):
         backbone_bits: Of each weight of the backbone's linear layers on this device, 4 or 8; 0: as the run says.
         threads: Of the CPU, for training; 0: as the run says.
         port: Of the SuperNode on the device's own loopback.
+        warm: Whether a worker stays in memory between messages.
     """
 
     id: DeviceId
@@ -156,6 +157,7 @@ class Device(_Table):
     threads: Annotated[int, Field(ge=0, strict=True)] = 0
     host: Annotated[str, AfterValidator(lambda value: value and _host(value))] = ""
     port: Port = 9094
+    warm: Annotated[bool, Field(strict=True)] = True
 
 
 class Fleet(_Table):

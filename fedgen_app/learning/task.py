@@ -129,6 +129,63 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
+class Shapes:
+    """What one generated thing is made of while it is on its way between two machines.
+
+    Attributes:
+        prompt: Of one encoded prompt.
+        latent: Of one half-finished thing.
+        steps: More of them than this there are not.
+    """
+
+    prompt: tuple[int, ...]
+    latent: tuple[int, ...]
+    steps: int
+
+
+class Advance(Protocol):
+    """Takes half-finished things some steps further."""
+
+    def __call__(
+        self,
+        settings: Settings,
+        backbone: Backbone,
+        encoded: Tensor,
+        current: Tensor,
+        begin: int,
+        end: int,
+        rows: Rows = unmixed,
+    ) -> Tensor:
+        """From after step ``begin`` to after step ``end``, on the CPU; ``rows`` as in ``Sampler``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stages:
+    """``Task.sample`` cut into stages that may happen on two machines; one after the other they are ``sample``.
+
+    Attributes:
+        hides: Whether an encoded prompt is something else than the prompt itself, which the number of a class is not.
+        shapes: What travels between them.
+        encode: Prompts as the model is told them, (texts, *shapes.prompt), with the adapter that is in the model.
+        noise: What so many things begin as, by the seed that ``sample`` takes.
+        advance: Some of the steps.
+        finish: The contents of samples (``Sample.content``).
+        pack: Contents as one file's bytes.
+        unpack: The inverse, of so many things. Raises ``DataError``.
+    """
+
+    hides: Callable[[Backbone], bool]
+    shapes: Callable[[Settings, Backbone], Shapes]
+    encode: Callable[[Backbone, Sequence[str]], Tensor]
+    noise: Callable[[Settings, Backbone, int, int], Tensor]
+    advance: Advance
+    finish: Callable[[Backbone, Tensor], list[Any]]
+    pack: Callable[[Sequence[Any]], bytes]
+    unpack: Callable[[Settings, Backbone, bytes, int], list[Any]]
+
+
+@dataclass(frozen=True)
 class Render:
     """How samples become a file: its ending, its bytes, and whether a terminal can show them."""
 
@@ -175,6 +232,7 @@ class Task:
             run costs cannot be told before.
         probe: The largest pieces of work on such a backbone.
         train: A training loop of the task's own with the arguments of ``training.train``; None: that one.
+        stages: What generating is made of where it may happen on two machines; None: it happens on one.
     """
 
     lora_targets: Callable[[nn.Module, LoraSettings], tuple[str, ...]]
@@ -203,3 +261,4 @@ class Task:
     outline: Callable[[Path, Held, LoraSettings], Loaded] | None = None
     probe: Callable[[Settings, Backbone], Probe] | None = None
     train: Callable[..., Any] | None = None
+    stages: Stages | None = None

@@ -12,7 +12,7 @@ from fedgen_app.files import write_atomic
 from fedgen_app.runs import report
 from fedgen_app.settings import Value
 from fedgen_app.sweeps.plan import Sweep, shown
-from fedgen_app.sweeps.records import STATES, Row, Spread, spread
+from fedgen_app.sweeps.records import BY_CLASS, STATES, Row, Spread, spread
 from fedgen_app.sweeps.spec import VARIANT
 
 BOUNDS = ("centralized",)  # an upper bound and no competitor: never the best of a column
@@ -110,12 +110,16 @@ def columns(part: Sequence[Row]) -> list[tuple[str, str, str]]:
     wanted = [(f"server_{metric}", f"{words(metric)}, server's test set", "")] if metric else []
     if own:
         wanted += [(f"clients_{state}_{own}", f"{words(own)}, clients' hold-outs, {state}", "") for state in STATES]
+    there = {name for row in part for record in row.done for name in record.figures}
+    known = f"clients_global_{BY_CLASS}"
+    classes = sorted(name.removeprefix(known) for name in there if name.startswith(known))
+    wanted += [(f"{known}{each}", f"KID of {_escaped(each)}, clients' hold-outs, global", "") for each in classes]
     wanted += [
+        ("adjusted_rand", "adjusted Rand index of the clusters", "index"),
         ("personal_gain", "personal gain over global", "percent"),
         ("uplink_bytes_per_client_round", "uplink per client and round", "bytes"),
         ("uplink_bytes", "uplink in all", "bytes"),
     ]
-    there = {name for row in part for record in row.done for name in record.figures}
     return [column for column in wanted if column[0] in there]
 
 
@@ -169,7 +173,12 @@ def _frozen_line(figures: Mapping[int, Mapping[str, float]], wanted: Sequence[st
     return line
 
 
-WRITERS: dict[str, Callable[[float], str]] = {"": report.number, "percent": percent, "bytes": report.size}
+WRITERS: dict[str, Callable[[float], str]] = {
+    "": report.number,
+    "index": "{:.2f}".format,
+    "percent": percent,
+    "bytes": report.size,
+}
 
 
 def table_of(sweep: Sweep, part: Sequence[Row]) -> list[str]:
@@ -286,6 +295,12 @@ def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         said.append(
             "- Rounds to the target: the first measured round that is as good, on the server's test set; a number only "
             "where every seed got there."
+        )
+    if any(run.settings["clusters.by"] != "none" for run in sweep.runs):
+        said.append(
+            "- With clusters, `global` of the clients' columns is each client's cluster's adapter; on the server's "
+            "test set it is the mean of the clusters. The Rand index compares the clusters with what the clients own: "
+            "1 is the truth, 0 is chance."
         )
     own = [row for row in rows if any(record.source == "clients" for record in row.done)]
     if own:

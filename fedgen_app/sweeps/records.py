@@ -17,6 +17,7 @@ from fedgen_app.sweeps.spec import Target
 
 STATES = ("frozen", "global", "personal")
 NOT_REACHED = "not reached"
+BY_CLASS = "kid_of_"  # in front of a class
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Record:
 
     Attributes:
         figures: By name: ``server_frozen_<metric>``, ``server_<metric>`` (the server's test set alone),
-            ``clients_<state>_<metric>``, ``personal_gain`` (1 - personal / global on the clients' hold-outs), bytes,
-            rounds to the target, seconds. What was not measured is not there.
+            ``clients_<state>_<metric>``, ``clients_<state>_kid_of_<class>``, ``personal_gain`` (1 - personal / global
+            on the clients' hold-outs), ``adjusted_rand`` of clusters, bytes, rounds to the target, seconds. What was
+            not measured is not there.
         heads: The headline metrics of the server's test set and of the clients' hold-outs; "" where there is none.
         basis: What the server's figure hangs on beside the metric: extractor and number of images.
     """
@@ -78,6 +80,10 @@ def read(run: Run, results: Mapping[str, Any], target: Target | None) -> Record:
     figures = dict(_named("server_frozen_", results["frozen"])) | dict(_named("server_", server))
     for state in STATES:
         figures |= dict(_named(f"clients_{state}_", means.get(state)))
+        figures |= dict(_by_class(f"clients_{state}_", means.get(state)))
+    rand = results.get("clustering", {}).get("adjusted_rand")
+    if rand is not None:
+        figures["adjusted_rand"] = rand
     own = report.headline(means.get("personal") or means.get("global"))
     measure = _ratio_metric(means)
     entries = _gains(results["personal"], measure)
@@ -114,6 +120,11 @@ def _named(prefix: str, metrics: Mapping[str, Any] | None) -> Iterator[tuple[str
         if isinstance((metrics or {}).get(name), int | float):
             assert metrics is not None
             yield prefix + name, metrics[name]
+
+
+def _by_class(prefix: str, metrics: Mapping[str, Any] | None) -> Iterator[tuple[str, float]]:
+    for name, value in (metrics or {}).get("kid_by_class", {}).items():
+        yield f"{prefix}{BY_CLASS}{name}", value
 
 
 def _ratio_metric(means: Mapping[str, Any]) -> str:

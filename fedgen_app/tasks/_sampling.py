@@ -68,10 +68,7 @@ def generate(
     """
     pipeline, model = cast(Pipeline, backbone.processor), backbone.model
     model.eval()
-    side = side or pipeline.side
-    # On the CPU and for all at once, so that neither the device nor the batch changes what is drawn.
-    noise = torch.Generator().manual_seed(seed)
-    start = torch.randn((len(texts), pipeline.channels, side, side), generator=noise)
+    start = noise(pipeline, len(texts), seed, side)
     doubled = guided(pipeline, options)
     finished = []
     with step_bar("generating") as on_step:
@@ -84,18 +81,69 @@ def generate(
                 for done, latest in _steps(backbone, start[first : chosen.stop], told, options):
                     current = latest
                     on_step(first + int(len(chosen) * done), len(texts))
-            finished.append(_to_pixels(pipeline, current))
+            finished.append(to_pixels(pipeline, current))
     return np.concatenate(finished)
 
 
+def noise(pipeline: Pipeline, count: int, seed: int, side: int = 0) -> Tensor:
+    """What images begin as, (count, channels, side, side); side 0: as the denoiser was made for."""
+    side = side or pipeline.side
+    # On the CPU and for all at once, so that neither the device nor the batch changes what is drawn.
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((count, pipeline.channels, side, side), generator=generator)
+
+
+@torch.inference_mode()
+def advance(
+    backbone: Backbone,
+    encoded: Tensor,
+    current: Tensor,
+    options: SampleSettings,
+    begin: int = 0,
+    end: int | None = None,
+    rows: Rows = unmixed,
+) -> Tensor:
+    """Steps ``begin`` to ``end`` (None: the last) of images whose prompts are encoded already, on the CPU.
+
+    Args:
+        encoded: What a text-conditional denoiser is told of each, (n, length, width).
+        current: The noise, or what was reached after ``begin`` steps, (n, channels, side, side).
+        rows: As in ``generate``.
+    """
+    pipeline, model = cast(Pipeline, backbone.processor), backbone.model
+    model.eval()
+    doubled = guided(pipeline, options)
+    reached = []
+    for first in range(0, len(current), options.batch):
+        chosen = range(first, min(first + options.batch, len(current)))
+        with rows([*chosen, *chosen] if doubled else chosen):
+            told, here = encoded[first : chosen.stop].to(pipeline.device), current[first : chosen.stop]
+            if doubled:
+                free = told_of(pipeline, model, [""] * len(chosen), each=rows is not unmixed)
+                told = torch.cat([told, cast(Tensor, free)])
+            for _, latest in _steps(backbone, here, told, options, begin, end):
+                here = latest
+        reached.append(here.cpu())
+    return torch.cat(reached)
+
+
 def _steps(
-    backbone: Backbone, noise: Tensor, told: Tensor | None, options: SampleSettings
+    backbone: Backbone,
+    start: Tensor,
+    told: Tensor | None,
+    options: SampleSettings,
+    begin: int = 0,
+    end: int | None = None,
 ) -> Iterator[tuple[float, Tensor]]:
-    """The share of the steps that is done, and the inputs after it; with guidance ``told`` is twice as long."""
+    """The share of the steps that is done, and the inputs after it; with guidance ``told`` is twice as long.
+
+    Args:
+        begin: Steps that ``start`` has behind it. With DDIM a step depends on nothing before it.
+    """
     pipeline, doubled = cast(Pipeline, backbone.processor), guided(cast(Pipeline, backbone.processor), options)
     scheduler = _scheduler(pipeline, options)
-    current = noise.to(pipeline.device) * scheduler.init_noise_sigma
-    for number, timestep in enumerate(scheduler.timesteps):
+    current = start.to(pipeline.device) * (1.0 if begin else scheduler.init_noise_sigma)
+    for number, timestep in list(enumerate(scheduler.timesteps))[begin:end]:
         inputs = torch.cat([current, current]) if doubled else current
         predicted = predict(pipeline, backbone.model, inputs, timestep.expand(len(inputs)), told)
         if doubled:
@@ -105,7 +153,7 @@ def _steps(
         yield (number + 1) / len(scheduler.timesteps), current
 
 
-def _to_pixels(pipeline: Pipeline, current: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def to_pixels(pipeline: Pipeline, current: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Images (n, h, w, channels) uint8 of finished inputs."""
     if pipeline.has_vae:
         latents = current / pipeline.latent["factor"] + pipeline.latent["shift"]

@@ -37,6 +37,7 @@ from fedgen_app.tasks._pipeline import (
 )
 from fedgen_app.tasks._sampling import generate
 from fedgen_app.tasks._sources import prompts
+from fedgen_app.tasks._stages import STAGES
 
 PARTS = ("unet", "transformer", "vae", "text_encoder")
 # Attention projections, as the LoRA scripts of diffusers take them; in CLIP's text encoder they have other names.
@@ -231,6 +232,7 @@ TASK = Task(
     export=export,
     usage=usage,
     bundled_backbone="diffusion",
+    stages=STAGES,
     outline=outline,
     probe=probe,
 )

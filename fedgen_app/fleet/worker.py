@@ -1,0 +1,283 @@
+"""``fedgen device-worker``: carries out a SuperNode's tasks (``--isolation process``) without a cold start for each.
+
+Three kinds of process:
+
+- this one asks the SuperNode for tasks, has the heavy libraries imported, and never runs an app's code;
+- the warm one (``zygote``) is forked from it for one app bundle, imports that, and opens the backbone;
+- a child of the warm one carries out one task and ends.
+
+A new bundle gets a new warm process. A child that dies is answered for at once; a SuperNode that dies is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from fedgen_app.fleet import kernel
+
+if TYPE_CHECKING:
+    from fedgen_app.fleet.flower_task import Task
+
+BUSY, IDLE, LATELY = 0.1, 1.0, 120.0  # seconds between two questions; the longer where nothing came lately
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds between two tries to reach a SuperNode
+REMINDER = 600.0  # seconds after which it is said again that there is none
+PREPARING = 600.0  # seconds that a bundle may take to make itself ready
+LOOK = 5.0  # seconds between two looks whether the SuperNode of a running task is still there
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Warm:
+    """The warm process of one bundle.
+
+    Attributes:
+        key: What it is prepared for; "": nothing yet.
+    """
+
+    pid: int
+    channel: socket.socket
+    bundle: str
+    key: str = ""
+
+
+@dataclass
+class Progress:
+    """What is known of the running task."""
+
+    header: bytes | None = None
+    folder: str = ""
+    facts: dict[str, Any] | None = None
+    answered: bool = False
+
+
+@dataclass
+class Worker:
+    """The first process.
+
+    Attributes:
+        secret: The file that the SuperNode's start script writes; None: it asks for none.
+        threads: That a task computes with.
+        cold: Bundles that could not make themselves ready; they are not asked again.
+    """
+
+    address: str
+    secret: Path | None
+    threads: int
+    stopping: bool = False
+    warm: Warm | None = None
+    cold: set[str] = field(default_factory=set)
+    _wake: socket.socket | None = None
+
+    def run(self) -> None:
+        """Carry out tasks until SIGTERM or SIGINT."""
+        from fedgen_app.fleet import flower_task
+
+        with self._signals():
+            try:
+                while not self.stopping:
+                    self._serve(flower_task)
+            finally:
+                self._end_warm()
+
+    def _serve(self, flower: Any) -> None:
+        """Reach a SuperNode and carry out its tasks for as long as it answers."""
+        if (client := self._reach(flower)) is None:
+            return
+        last = time.monotonic()
+        with contextlib.closing(client):
+            try:
+                while not self.stopping:
+                    if task := flower.acquire(client):
+                        self._carry_out(flower, task)
+                        last = time.monotonic()
+                    self._wait(BUSY if time.monotonic() - last < LATELY else IDLE)
+            except (flower.httpx.HTTPError, ValueError) as error:
+                log.warning("lost the SuperNode at %s: %s", self.address, _short(error))
+
+    def _reach(self, flower: Any) -> Any:
+        """A connection to a SuperNode that listens, however long that takes; None: we are to stop."""
+        pause, said = FIRST_PAUSE, 0.0
+        while not self.stopping:
+            try:
+                secret = self._read_secret()
+                if _listens(self.address):
+                    log.info("connected to the SuperNode at %s", self.address)
+                    return flower.dispatcher(self.address, secret)
+                found = "nothing listens there"
+            except (OSError, ValueError) as error:
+                found = _short(error)
+            if not said or time.monotonic() - said > REMINDER:
+                log.warning("no SuperNode at %s (%s); trying on", self.address, found)
+                said = time.monotonic()
+            self._wait(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+        return None
+
+    def _read_secret(self) -> bytes | None:
+        """Anew for each connection: the file may be younger than we are."""
+        if self.secret is None:
+            return None
+        if not (found := self.secret.read_bytes()):
+            raise ValueError(f"{self.secret}: is empty")
+        return found
+
+    def _carry_out(self, flower: Any, task: Task) -> None:
+        began, progress = time.monotonic(), Progress()
+        status = self._attempt(task, progress)
+        if status is None and progress.header is None and not (progress.answered or self.stopping):
+            status = self._attempt(task, progress)  # the warm process had died before: the task is still whole
+        if not progress.answered:
+            log.error("task %d ended without an answer, %s", task.number, _told(status))
+            flower.answer_for(self.address, task, progress.header)
+        log.info("task %d: %.1f s", task.number, time.monotonic() - began)
+        if progress.facts and task.bundle not in self.cold and not self.stopping:
+            self._prepare(task.bundle, progress.folder, progress.facts)
+
+    def _attempt(self, task: Task, progress: Progress) -> int | None:
+        """Let the bundle's warm process carry it out, and end what it left running; returns as ``_follow``."""
+        if self.warm is None or self.warm.bundle != task.bundle:
+            self._end_warm()
+            self.warm = self._start_warm(task.bundle)
+        try:
+            status = self._follow(self.warm, task, progress)
+        except (OSError, ValueError, KeyError, TypeError) as error:  # an app may have written into the channel
+            log.error("the warm process is lost: %s", _short(error))
+            status = None
+        if status is None:
+            self._end_warm()
+        else:
+            kernel.end_descendants(spared=self.warm.pid)
+        return status
+
+    def _follow(self, warm: Warm, task: Task, progress: Progress) -> int | None:
+        """Hand over a task and take note of what is told of it.
+
+        Returns:
+            The child's exit status; None: it was given up, or the warm process ended.
+        """
+        from fedgen_app.fleet.zygote import receive, send
+
+        send(warm.channel, "task", number=task.number, bundle=task.bundle, token=task.token)
+        unseen = 0.0
+        while not self.stopping:
+            if not self._wait(LOOK, warm.channel):
+                unseen = 0.0 if _listens(self.address) else unseen + LOOK
+                if unseen > 30.0:
+                    log.warning("the SuperNode is gone: task %d is given up", task.number)
+                    progress.answered = True  # there is nobody to answer
+                    return None
+                continue
+            told = receive(warm.channel)
+            if told is None:
+                return None
+            if told["what"] == "message":
+                progress.header = bytes.fromhex(told["header"])
+            elif told["what"] == "answered":
+                progress.answered = True
+            elif told["what"] == "facts":
+                progress.folder, progress.facts = str(told["folder"]), told["facts"]
+            elif told["what"] == "ended":
+                return int(told["status"])
+        return None
+
+    def _prepare(self, bundle: str, folder: str, facts: dict[str, Any]) -> None:
+        """Let the warm process open what the next task will want, while nobody waits for us."""
+        from fedgen_app.fleet.zygote import receive, send
+
+        if self.warm and self.warm.key == facts["key"]:
+            return
+        if self.warm is None or self.warm.key:  # what was open before would stay in memory beside the new
+            self._end_warm()
+            self.warm = self._start_warm(bundle)
+        began = time.monotonic()
+        send(self.warm.channel, "prepare", folder=folder, facts=facts)
+        told: dict[str, Any] | None = None
+        while not self.stopping and time.monotonic() - began < PREPARING:
+            if self._wait(1.0, self.warm.channel):
+                with contextlib.suppress(ValueError, OSError):
+                    told = receive(self.warm.channel)
+                break
+        if self.stopping:
+            return
+        if told and told.get("ok") is True:
+            self.warm.key = facts["key"]
+            log.info("warm after %.1f s", time.monotonic() - began)
+            return
+        log.error("bundle %.8s does not get warm; its tasks start colder", bundle)
+        self.cold.add(bundle)
+        self._end_warm()
+
+    def _start_warm(self, bundle: str) -> Warm:
+        from fedgen_app.fleet import zygote
+
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        me = os.getpid()
+        if (pid := os.fork()) == 0:
+            try:
+                zygote.live(theirs, self.address, self.threads, me)
+            finally:  # it must never come back into a copy of our loop
+                os._exit(1)
+        theirs.close()
+        return Warm(pid, ours, bundle)
+
+    def _end_warm(self) -> None:
+        if self.warm is None:
+            return
+        self.warm.channel.close()
+        kernel.end_descendants()
+        self.warm = None
+
+    def _wait(self, seconds: float, channel: socket.socket | None = None) -> bool:
+        """Until the channel has a message, a signal came, or the time is over; whether there is a message."""
+        assert self._wake is not None
+        sources = [self._wake, *([channel] if channel else [])]
+        ready = select.select(sources, [], [], seconds)[0]
+        if self._wake in ready:
+            self._wake.recv(64)
+        return channel in ready
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.stopping = True
+
+        self._wake, other = socket.socketpair()
+        other.setblocking(False)
+        before = signal.set_wakeup_fd(other.fileno())
+        old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), 2):
+        return True
+    return False
+
+
+def _short(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    refused = " (its secret is another one, or it wants one)" if status in (401, 403) else ""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{refused}"
+
+
+def _told(status: int | None) -> str:
+    if status is None:
+        return "given up"
+    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"

@@ -1,0 +1,1 @@
+"""A run's clusters behind HTTPS: encoded prompts in, images, half-finished latents or mixed adapters out."""

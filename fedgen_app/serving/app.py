@@ -1,0 +1,162 @@
+"""The HTTP service: who asks, how much and how often, before anything of a body is looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from fedgen_app.errors import ServiceError
+from fedgen_app.serving import asks, body, metrics
+from fedgen_app.serving.asks import Frame, Kind
+from fedgen_app.serving.guard import Buckets, Limits, holder
+from fedgen_app.serving.metrics import Metrics
+from fedgen_app.serving.worker import Worker
+
+log = logging.getLogger(__name__)
+DRAINED = 4 * 1024**2  # bytes of a refused body that are still read, so that its sender sees why it was refused
+PNG = "image/png"
+
+
+@dataclass
+class Service:
+    """What the handlers share."""
+
+    frame: Frame
+    limits: Limits
+    tokens: Sequence[str]
+    worker: Worker
+    counted: Metrics
+    ending: Callable[[], bool] = lambda: False
+    arriving: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.buckets = Buckets(self.limits.per_minute / 60, self.limits.burst)
+        self.counted.gauges |= {"waiting": lambda: self.worker.waiting, "open": lambda: self.arriving}
+
+    def known(self, request: Request) -> int:
+        """Whose token the request has.
+
+        Raises:
+            ServiceError: 401: nobody's.
+        """
+        found = holder(request.headers.get("authorization", ""), self.tokens)
+        if found is None:
+            raise ServiceError(401, "a bearer token of this service is needed")
+        return found
+
+    async def answer(self, request: Request, kind: Kind) -> Response:
+        """Carry out a request.
+
+        Raises:
+            ServiceError: it is refused.
+        """
+        address = request.client.host if request.client else ""
+        if wait := self.buckets.take((self.known(request), address)):
+            raise LaterError("too many requests of this client", wait)
+        if self.arriving >= self.limits.arriving:
+            raise LaterError("too many requests at once", 1.0)
+        self.arriving += 1
+        began = time.perf_counter()
+        try:
+            data = await self._body(request)
+            self.counted.add("received_bytes_total", len(data))
+            waiting = asyncio.wrap_future(self.worker.put(asks.parse(kind, data, self.frame)))
+            found = await asyncio.wait_for(waiting, self.limits.patience)
+        except TimeoutError:
+            raise ServiceError(503, f"not done in {self.limits.patience:g} seconds") from None
+        finally:
+            self.arriving -= 1
+        self.counted.add("request_seconds_total", time.perf_counter() - began)
+        self.counted.add("sent_bytes_total", len(found))
+        return Response(found, media_type=PNG if kind == "images" else body.MEDIA_TYPE)
+
+    async def _body(self, request: Request) -> bytes:
+        most, said = self.frame.most_bytes, request.headers.get("content-length", "0")
+        if not said.isdecimal() or int(said[:19]) > most:
+            raise ServiceError(413, f"a body may have {most} bytes")
+        whole = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                async for piece in request.stream():
+                    whole += piece
+                    if len(whole) > most:
+                        raise ServiceError(413, f"a body may have {most} bytes")
+        except TimeoutError:
+            raise ServiceError(408, f"the body did not arrive in {self.limits.seconds:g} seconds") from None
+        except ClientDisconnect:  # nobody is there any more to be told
+            raise ServiceError(400, "the body ended too early") from None
+        return bytes(whole)
+
+
+class LaterError(ServiceError):
+    """429, and in how many seconds to try again."""
+
+    def __init__(self, message: str, wait: float) -> None:
+        super().__init__(429, message)
+        self.wait = math.ceil(wait)
+
+
+def make_app(service: Service) -> FastAPI:
+    """The routes; no page that describes them, as nobody is to look around."""
+    app = FastAPI(title="FedGen-Edge", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/health")
+    async def health() -> Response:
+        ending = service.ending()
+        return JSONResponse({"status": "ending" if ending else "ok"}, 503 if ending else 200)
+
+    @app.get("/metrics")
+    async def told(request: Request) -> Response:
+        service.known(request)
+        return Response(service.counted.text(), media_type=metrics.MEDIA_TYPE)
+
+    def offer(kind: Kind) -> None:
+        @app.post(f"/v1/{kind}")
+        async def handle(request: Request) -> Response:
+            answer = await service.answer(request, kind)
+            service.counted.add("requests_total", labels={"path": kind, "status": 200})
+            return answer
+
+    for kind in asks.KINDS:
+        offer(kind)
+
+    @app.exception_handler(ServiceError)
+    async def refuse(request: Request, error: ServiceError) -> Response:
+        path = request.url.path.removeprefix("/v1/")
+        counted = path if path in asks.KINDS else "other"  # a path is a client's text
+        service.counted.add("requests_total", labels={"path": counted, "status": error.status})
+        await _drain(request)
+        headers = (
+            {"Retry-After": str(error.wait if isinstance(error, LaterError) else 1)} if error.status == 429 else {}
+        )
+        headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+        return JSONResponse({"error": str(error)}, error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        service.counted.add("requests_total", labels={"path": "other", "status": error.status_code})
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+    return app
+
+
+async def _drain(request: Request) -> None:
+    """Read on for a little: a connection that is closed with bytes unread takes the answer with it."""
+    read = 0
+    try:
+        async with asyncio.timeout(5):
+            async for piece in request.stream():
+                read += len(piece)
+                if read > DRAINED:
+                    return
+    except (TimeoutError, RuntimeError, ClientDisconnect):  # it takes too long, was read already, or nobody is there
+        return

@@ -1,0 +1,219 @@
+"""The device's side: a prompt encoded here, a request there, and what is finished here with the device's adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import httpx
+import torch
+from torch import Tensor
+
+from fedgen_app.errors import DataError, ServiceError, SettingsError
+from fedgen_app.federation.hybrid import EXPLICIT, turned
+from fedgen_app.learning import mixture
+from fedgen_app.learning.adapters import Adapter
+from fedgen_app.learning.backbone import Backbone
+from fedgen_app.learning.mixture import Mixture
+from fedgen_app.learning.task import Sample, Shapes, Stages, Task
+from fedgen_app.serving import asks, body
+from fedgen_app.serving.asks import Kind
+from fedgen_app.settings import Settings
+
+MOST_ADAPTER_HEADER = 8 * 1024**2  # bytes: two keys for each layer of a large model
+MOST_ANSWER = 4 * 1024**3  # bytes
+TRIES = 5  # times that a busy service is asked
+LONGEST_WAIT = 60.0  # seconds between them
+TIMEOUTS = httpx.Timeout(330.0, connect=10.0)  # a little more than a service's own patience
+
+
+@dataclass
+class Remote:
+    """A service.
+
+    Attributes:
+        sent: Bytes of bodies.
+        received: Bytes of answers.
+    """
+
+    client: httpx.Client
+    url: str
+    token: str
+    fingerprint: str
+    sent: int = field(default=0, init=False)
+    received: int = field(default=0, init=False)
+
+    def post(
+        self, kind: Kind, tensors: Mapping[str, Tensor], facts: Mapping[str, str], most: int = MOST_ANSWER
+    ) -> bytes:
+        """The answer's body; asked again where the service is busy.
+
+        Raises:
+            ServiceError: it refuses, or there is no answer, or one of more than ``most`` bytes.
+        """
+        content = body.write(tensors, {**facts, asks.BACKBONE: self.fingerprint})
+        headers = {"Content-Type": body.MEDIA_TYPE} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
+        for last in (False,) * (TRIES - 1) + (True,):
+            self.sent += len(content)
+            try:
+                status, found, later = self._once(kind, content, headers)
+            except httpx.TransportError as error:
+                raise ServiceError(0, f"{self.url}: {error or type(error).__name__}") from None
+            if status == 200:
+                return found
+            if status != 429 or last:
+                said = found[:500].decode("utf-8", "replace")
+                raise ServiceError(status, f"{self.url}: HTTP {status}: {said}")
+            time.sleep(later)
+        raise AssertionError("unreachable")
+
+    def _once(self, kind: Kind, content: bytes, headers: Mapping[str, str]) -> tuple[int, bytes, float]:
+        found = bytearray()
+        url = f"{self.url}/v1/{kind}"
+        with self.client.stream("POST", url, content=content, headers=headers, timeout=TIMEOUTS) as answer:
+            for piece in answer.iter_bytes():
+                found += piece
+                if len(found) > MOST_ANSWER:
+                    raise ServiceError(0, f"{self.url}: an answer of more than {MOST_ANSWER} bytes")
+        self.received += len(found)
+        wait = answer.headers.get("Retry-After", "1")
+        return answer.status_code, bytes(found), min(float(wait) if wait.isdecimal() else 1.0, LONGEST_WAIT)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of the service's adapters is to act, for each prompt: as tensors with a row each, and facts."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        task: Task,
+        backbone: Backbone,
+        texts: Sequence[str],
+        mixes: Sequence[Mapping[int, float] | None],
+        key: bytes,
+    ) -> Choice:
+        """From explicit weights for each text, or from the texts, encoded and turned here (None for each).
+
+        Raises:
+            SettingsError: there is no text to go by.
+            DataError: a prompt has no direction.
+        """
+        given = [weights for weights in mixes if weights is not None]
+        if given:
+            named = sorted({cluster for weights in given for cluster in weights})
+            rows = [[weights.get(cluster, 0.0) for cluster in named] for weights in given]
+            return cls({asks.CLUSTERS: torch.tensor(named), asks.WEIGHTS: torch.tensor(rows, dtype=torch.float64)})
+        if not mixes:
+            return cls()
+        if not all(text.strip() for text in texts):
+            raise SettingsError(f"--mix auto: there is no prompt to go by; name one with --prompt, or {EXPLICIT}")
+        vectors, space = turned(settings, task, backbone, texts, key)
+        return cls({asks.VECTOR: torch.from_numpy(vectors).float()}, {asks.SPACE: space})
+
+    def rows(self, numbers: Sequence[int]) -> Mapping[str, Tensor]:
+        """The tensors for prompts by their places, which may be named several times."""
+        chosen = list(numbers)
+        return {n: tensor if n == asks.CLUSTERS else tensor[chosen] for n, tensor in self.tensors.items()}
+
+
+def draw(
+    remote: Remote,
+    settings: Settings,
+    task: Task,
+    backbone: Backbone,
+    texts: Sequence[str],
+    count: int,
+    seed: int,
+    choice: Choice,
+    split: int,
+) -> list[Sample]:
+    """So many images of each text: all steps there, or ``split`` of them, and the rest here with the model as it is.
+
+    Raises:
+        ServiceError: the service refuses, or answers something else than what was asked for.
+    """
+    stages = cast(Stages, task.stages)
+    shapes, options = stages.shapes(settings, backbone), settings.samples
+    places = [number for number in range(len(texts)) for _ in range(count)]
+    all_texts = [texts[place] for place in places]
+    encoded = stages.encode(backbone, texts)[places]
+    steps = min(options.steps, shapes.steps)
+    facts = {
+        asks.SEED: str(seed),
+        asks.STEPS: str(steps),
+        asks.GUIDANCE: repr(options.guidance),
+        asks.SAMPLER: "ddim" if split else options.sampler,
+        **choice.facts,
+    }
+    tensors = {asks.PROMPT: encoded, **choice.rows(places)}
+    try:
+        if not split:
+            data = remote.post("images", tensors, facts)
+            contents = stages.unpack(settings, backbone, data, len(places))
+        else:
+            data = remote.post("latents", tensors, facts | {asks.DONE: str(split)})
+            half = _latents(data, shapes, len(places), split)
+            changed = options.model_copy(update={"sampler": "ddim", "steps": steps})
+            here = settings.model_copy(update={"samples": changed})
+            contents = stages.finish(backbone, stages.advance(here, backbone, encoded, half, split, steps))
+    except (body.MalformedError, DataError) as error:
+        raise ServiceError(0, f"{remote.url}: not what was asked for: {error}") from None
+    return [Sample(text, content) for text, content in zip(all_texts, contents, strict=True)]
+
+
+def _latents(data: bytes, shapes: Shapes, count: int, split: int) -> Tensor:
+    tensors, facts = body.read(data)
+    found = tensors.get("latents")
+    if found is None or found.dtype != torch.float32 or tuple(found.shape) != (count, *shapes.latent):
+        raise body.MalformedError(f"no latents of shape {(count, *shapes.latent)}")
+    if facts != {asks.DONE: str(split)}:
+        raise body.MalformedError(f"not after {split} steps")
+    return found
+
+
+def write_with(
+    remote: Remote,
+    settings: Settings,
+    task: Task,
+    backbone: Backbone,
+    texts: Sequence[str],
+    count: int,
+    seed: int,
+    choice: Choice,
+) -> list[Sample]:
+    """So many of each text, generated here with the adapter that the service mixes for it.
+
+    Raises:
+        ServiceError: the service refuses, or answers something else than an adapter of this run.
+        AdapterError: the adapter does not fit the backbone.
+    """
+    each = [choice.rows([number]) for number in range(len(texts))] if choice.tensors else [choice.tensors]
+    parts = {number: fetch(remote, backbone, rows, choice.facts) for number, rows in enumerate(each)}
+    places = [number for number in range(len(texts)) for _ in range(count)]
+    alone = [Mixture.of({place if choice.tensors else 0: 1.0}) for place in places]
+    with mixture.active(backbone.model, parts, alone) as rows:
+        return task.sample(settings, backbone, [texts[place] for place in places], seed, rows)
+
+
+def fetch(remote: Remote, backbone: Backbone, rows: Mapping[str, Tensor], facts: Mapping[str, str]) -> Adapter:
+    """The mixed adapter of one prompt.
+
+    Raises:
+        ServiceError: the service refuses, or answers something else than an adapter that is scaled as this run's.
+    """
+    try:
+        adapter, told = body.read(remote.post("adapters", rows, facts), MOST_ADAPTER_HEADER)
+    except body.MalformedError as error:
+        raise ServiceError(0, f"{remote.url}: no adapter: {error}") from None
+    config = cast(Any, backbone.model).peft_config["default"]
+    wanted = {"alpha": repr(float(config.lora_alpha)), "rslora": str(config.use_rslora).lower()}
+    if told != wanted or any(tensor.dtype != torch.float32 for tensor in adapter.values()):
+        raise ServiceError(0, f"{remote.url}: an adapter of another run than these settings are of")
+    return adapter

@@ -1,0 +1,105 @@
+"""The worker of the inference service: what it takes together, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import wait
+
+import pytest
+import torch
+
+from fedgen_app.errors import ServiceError
+from fedgen_app.learning.mixture import Mixture
+from fedgen_app.serving.asks import Ask
+from fedgen_app.serving.metrics import Metrics
+from fedgen_app.serving.worker import Worker
+
+
+def ask(seed: int, rows: int = 1, steps: int = 5) -> Ask:
+    return Ask("images", (Mixture.of({seed % 3: 1}),) * rows, torch.zeros(rows, 1), seed, steps)
+
+
+class Gated:
+    """Carries out batches, each when it is let through, and notes them."""
+
+    def __init__(self) -> None:
+        self.gate, self.began = threading.Semaphore(0), threading.Semaphore(0)
+        self.batches: list[list[int]] = []
+
+    def __call__(self, batch: Sequence[Ask]) -> list[bytes]:
+        self.batches.append([one.seed for one in batch])
+        self.began.release()
+        assert self.gate.acquire(timeout=20)
+        if any(one.seed == 666 for one in batch):
+            raise RuntimeError("a photo of a cat")
+        return [str(one.seed).encode() for one in batch]
+
+
+def test_what_fits_together_is_carried_out_together_oldest_first() -> None:
+    work, metrics = Gated(), Metrics()
+    worker = Worker(work, 20, 4, metrics)
+    worker.start()
+    first = worker.put(ask(0))
+    assert work.began.acquire(timeout=20)
+    later = [worker.put(ask(n, rows, steps)) for n, rows, steps in
+             ((1, 1, 5), (2, 1, 9), (3, 2, 5), (4, 2, 5), (5, 1, 5), (6, 7, 9), (7, 1, 5))]  # fmt: skip
+    assert worker.waiting == 7
+    for _ in range(10):
+        work.gate.release()
+    wait([first, *later], timeout=20)
+    assert [answer.result() for answer in (first, *later)] == [str(n).encode() for n in range(8)]
+    assert work.batches == [[0], [1, 3, 5], [2], [4, 7], [6]]
+    worker.stop()
+    assert "fedgen_serve_batches_total 5" in metrics.text()
+
+
+def test_a_full_queue_refuses_and_a_cancelled_request_is_left_out() -> None:
+    work = Gated()
+    worker = Worker(work, 2, 4, Metrics())
+    worker.start()
+    running = worker.put(ask(0))
+    assert work.began.acquire(timeout=20)
+    given_up, kept = worker.put(ask(1)), worker.put(ask(2))
+    with pytest.raises(ServiceError, match="too many requests wait") as refused:
+        worker.put(ask(3))
+    assert refused.value.status == 429
+    assert given_up.cancel()
+    for _ in range(3):
+        work.gate.release()
+    assert (running.result(20), kept.result(20)) == (b"0", b"2")
+    assert work.batches == [[0], [2]]
+    worker.stop()
+
+
+def test_a_failed_batch_costs_its_requests_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
+    work = Gated()
+    worker = Worker(work, 5, 1, Metrics())
+    worker.start()
+    broken, whole = worker.put(ask(666)), worker.put(ask(1))
+    for _ in range(2):
+        work.gate.release()
+    error = broken.exception(20)
+    assert isinstance(error, ServiceError) and error.status == 500 and "cat" not in str(error)
+    assert whole.result(20) == b"1"
+    worker.stop()
+    assert "RuntimeError" in caplog.text and "cat" not in caplog.text
+
+
+def test_ending_carries_out_what_waits_and_takes_nothing_more() -> None:
+    work = Gated()
+    worker = Worker(work, 5, 1, Metrics())
+    worker.start()
+    answers = [worker.put(ask(n)) for n in range(3)]
+    ending = threading.Thread(target=worker.stop)
+    assert work.began.acquire(timeout=20)
+    ending.start()
+    while worker._open:
+        pass
+    with pytest.raises(ServiceError) as refused:
+        worker.put(ask(9))
+    assert refused.value.status == 503
+    for _ in range(3):
+        work.gate.release()
+    ending.join(20)
+    assert not ending.is_alive() and [answer.result(0) for answer in answers] == [b"0", b"1", b"2"]

@@ -1,0 +1,240 @@
+"""The warm worker against a real Runtime API: hostile bundles, children that die, SuperNodes that come and go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
+from helpers import FEDGEN, ROOT, command
+from nodes import Node, bundle
+
+from fedgen_app.engines.keeper import free_port
+from fedgen_app.fleet import flower_task, kernel
+
+SECRET = b"s" * 48
+pytestmark = pytest.mark.slow
+
+
+class Running:
+    """A worker on a port, and what it wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port, self.log, self.secret = free_port(), folder / "worker.log", folder / "secret"
+        own = {
+            "PYTHONPATH": str(ROOT),
+            "FLWR_HOME": str(folder / "flower"),
+            "OMP_NUM_THREADS": "1",
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [FEDGEN, "device-worker", "--runtime", f"127.0.0.1:{self.port}", "--secret", self.secret],
+                stdout=log,
+                stderr=log,
+                env=os.environ | own,
+                cwd=folder,
+                start_new_session=True,
+            )
+
+    def node(self) -> Node:
+        self.secret.write_bytes(SECRET)
+        return Node(self.port, SECRET)
+
+    def said(self, text: str, seconds: float = 60.0) -> None:
+        end = time.monotonic() + seconds
+        while text not in (written := self.log.read_text(errors="replace")):
+            assert time.monotonic() < end and self.process.poll() is None, written
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[Running]:
+    """A worker whose SuperNode is not there yet."""
+    running = Running(tmp_path)
+    try:
+        yield running
+    finally:
+        below = psutil.Process(running.process.pid).children(recursive=True) if running.process.poll() is None else []
+        running.process.kill()
+        running.process.wait()
+        for process in below:
+            if process.is_running():
+                process.kill()
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_tasks_of_one_bundle_come_from_one_warm_process_and_a_new_bundle_gets_a_new_one(worker: Running) -> None:
+    worker.said("no SuperNode at")  # it waits for one, and for the secret, and says so
+    first, second = bundle(), bundle(top="VERSION = 2")
+    with worker.node() as node:
+        told = [node.numbers(node.reply(node.put(fab))) for fab in (first, first, second)]
+    pids, parents = zip(*told, strict=True)
+    assert len(set(pids)) == 3 and worker.process.pid not in parents
+    assert parents[0] == parents[1] != parents[2]
+    assert gone(parents[0])
+    worker.said("lost the SuperNode")
+    with worker.node() as node:  # another one, which knows nothing of the first
+        node.numbers(node.reply(node.put(first)))
+    assert "HTTP Request" not in worker.log.read_text()
+
+
+def test_a_child_that_dies_is_answered_for_at_once(worker: Running, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    sleeps = f"import time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    worker.said("no SuperNode at")
+    with worker.node() as node:
+        run = node.put(bundle(body=sleeps))
+        while not (mark.exists() and mark.read_text()):
+            time.sleep(0.05)
+        os.kill(int(mark.read_text()), signal.SIGKILL)
+        began = time.monotonic()
+        reply = node.reply(run)
+        assert time.monotonic() - began < 5  # Flower itself takes a minute
+        assert reply.has_error() and reply.error.code == 8
+        # The warm process itself dies, once between tasks and once during one.
+        _, warm = node.numbers(node.reply(node.put(bundle())))
+        os.kill(warm, signal.SIGKILL)
+        assert gone(warm)
+        _, warm = node.numbers(node.reply(node.put(bundle())))
+        mark.unlink()
+        run = node.put(bundle(body=sleeps))
+        while not (mark.exists() and mark.read_text()):
+            time.sleep(0.05)
+        os.kill(psutil.Process(int(mark.read_text())).ppid(), signal.SIGKILL)
+        assert node.reply(run).error.code == 8
+        assert gone(int(mark.read_text()))
+
+
+@pytest.mark.parametrize("fetched", [(), ("PullTaskInput",), ("PullTaskInput", "PullMessages")])
+def test_whatever_a_dead_process_had_fetched_its_task_is_answered_for(fetched: tuple[str, ...]) -> None:
+    with Node(free_port(), SECRET) as node:
+        address = f"127.0.0.1:{node.server.config.port}"
+        run, dispatcher = node.put(bundle()), flower_task.dispatcher(address, SECRET)
+        task = flower_task.acquire(dispatcher)
+        assert task
+        client, header = flower_task._connect(address, task.token, None), None
+        if "PullTaskInput" in fetched:
+            client.PullTaskInput(PullTaskInputRequest())
+        if "PullMessages" in fetched:
+            header = client.PullMessages(PullAppMessagesRequest()).SerializeToString()
+        assert flower_task.answer_for(address, task, header)
+        assert node.reply(run, 5).error.code == 8
+        assert not flower_task.answer_for(address, task, header)  # answered: nobody waits any more
+        client.close()
+        dispatcher.close()
+
+
+SECRET_TEXT = "/data/patient-17.txt"
+HOSTILE = {
+    "raises when it is imported": {"top": f"open({SECRET_TEXT!r})"},
+    "has no app": {"top": "del app\nclass app:\n    query = staticmethod(lambda: (lambda f: f))"},
+    "ends the interpreter when it is imported": {"top": "import sys; sys.exit(3)"},
+    "kills itself when it is imported": {"top": "os.kill(os.getpid(), 9)"},
+    "raises": {"body": f"raise RuntimeError({SECRET_TEXT!r})"},
+    "raises what is no Exception": {"body": f"raise BaseException({SECRET_TEXT!r})"},
+    "answers with nonsense": {"body": "return 'nonsense'"},
+    "leaves a process behind": {
+        "body": "import subprocess; subprocess.Popen(['sleep', '987'], start_new_session=True)"
+    },
+    "writes into the channel": {
+        "body": "import contextlib\nfor fd in range(3, 64):\n    with contextlib.suppress(OSError):\n"
+        "        os.write(fd, b'{\"what\": 7}')",
+    },
+}
+
+
+def test_no_bundle_ends_the_worker_or_makes_it_tell_an_errors_text(worker: Running) -> None:
+    worker.said("no SuperNode at")
+    with worker.node() as node:
+        for number, (what, parts) in enumerate(HOSTILE.items()):
+            reply = node.reply(node.put(bundle(f"bad-{number}", **parts), f"bad-{number}"), 30)
+            if reply.has_error():
+                assert reply.error.code in (1, 2, 8) and not reply.error.reason, what
+            node.numbers(node.reply(node.put(bundle())))
+        assert worker.process.poll() is None
+    assert SECRET_TEXT in worker.log.read_text()  # the device's owner reads what happened
+    below = psutil.Process(worker.process.pid).children(recursive=True)
+    assert not [p for p in below if "987" in p.cmdline()]
+
+
+def test_sigterm_ends_the_task_and_tells_the_supernode(worker: Running, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    worker.said("no SuperNode at")
+    with worker.node() as node:
+        run = node.put(bundle(body=f"import time; open({str(mark)!r}, 'w').write('x'); time.sleep(600)"))
+        while not mark.exists():
+            time.sleep(0.05)
+        below = psutil.Process(worker.process.pid).children(recursive=True)
+        assert len(below) == 2
+        worker.process.terminate()
+        assert worker.process.wait(20) == 0
+        assert node.reply(run, 5).error.code == 8
+        assert all(gone(p.pid) for p in below)
+
+
+def test_no_process_outlives_a_worker_that_is_killed(worker: Running, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    worker.said("no SuperNode at")
+    with worker.node() as node:
+        node.put(bundle(body=f"import time; open({str(mark)!r}, 'w').write('x'); time.sleep(600)"))
+        while not mark.exists():
+            time.sleep(0.05)
+        below = psutil.Process(worker.process.pid).children(recursive=True)
+        worker.process.kill()
+        worker.process.wait()
+        assert len(below) == 2 and all(gone(p.pid) for p in below)
+
+
+def test_it_has_no_privileges_and_another_secret_gets_nothing(worker: Running) -> None:
+    worker.said("no SuperNode at")
+    with worker.node() as node:
+        node.numbers(node.reply(node.put(bundle())))
+        for process in [psutil.Process(worker.process.pid), *psutil.Process(worker.process.pid).children()]:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+            assert facts["NoNewPrivs"] == "1"
+            assert {facts[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    worker.said("lost the SuperNode")
+    worker.secret.write_bytes(b"x" * 48)
+    with Node(worker.port, SECRET) as node:
+        worker.said("its secret is another one")
+        node.put(bundle())
+        time.sleep(2)
+        assert not node.state.get_messages_legacy(is_reply=True)
+
+
+def test_what_a_fork_would_break_is_seen() -> None:
+    import threading
+
+    before, done = kernel.other_threads(), threading.Event()
+    thread = threading.Thread(target=done.wait, name="pool")
+    thread.start()
+    assert len(kernel.other_threads()) == len(before) + 1
+    done.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:9094", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:70000", "0.0.0.0:9094"])
+def test_it_speaks_to_its_own_machine_alone(address: str) -> None:
+    ended = command("device-worker", "--runtime", address)
+    assert ended.status == 2 and address in ended.err
+
+
+def test_a_wrong_number_of_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    ended = command("device-worker")
+    assert ended.status == 2 and "OMP_NUM_THREADS = 'many'" in ended.err
