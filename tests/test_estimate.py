@@ -14,7 +14,7 @@ from pipelines import MAKERS, image_settings
 from torch import nn
 
 from fedgen_app.errors import BackboneError, SettingsError
-from fedgen_app.fleet.devices import CLASSES, Device, measured
+from fedgen_app.fleet.devices import CLASSES, TOGETHER, Device, measured
 from fedgen_app.fleet.estimate import estimate
 from fedgen_app.learning.backbone import load_task, open_backbone, outlined
 from fedgen_app.learning.counting import Operation, counted, emptied, without_numbers
@@ -56,9 +56,11 @@ def test_what_is_kept_for_the_backward_pass_counts() -> None:
 def test_a_roofline_by_hand() -> None:
     device = Device("x", 0, {"float32": 100.0, "bfloat16": 200.0}, moves=10.0, start=1.0, source="")
     work = [Operation(1000, 10), Operation(0, 50), Operation(0, 0)]
-    assert device.seconds(work, torch.float32) == 10 + 5 + 3
-    assert device.seconds(work, torch.bfloat16) == 5 + 5 + 3
-    assert device.seconds(work, torch.float16) == 10 + 5 + 3  # in what it does not compute natively it is no faster
+    assert device.seconds(work, torch.float32) == TOGETHER * (10 + 5 + 3)
+    assert device.seconds(work, torch.bfloat16) == TOGETHER * (5 + 5 + 3)
+    assert device.seconds(work, torch.float16) == TOGETHER * (
+        10 + 5 + 3
+    )  # in what it does not compute natively it is no faster
 
 
 def test_this_machine_is_measured() -> None:

@@ -14,6 +14,9 @@ from fedgen_app.learning.counting import Operation
 THIS = "this"
 # Of the arithmetic and the memory peak that a data sheet gives, this much is assumed to be reached.
 REACHED = 0.5
+# A step takes longer than its operations one by one, whose inputs lie in the caches: fitted on one machine to what the
+# bundled backbones take (docs/devices.md).
+TOGETHER = 1.4
 REPEATS, SIDE, COPIED, STARTED = 12, 768, 8_000_000, 2000
 
 
@@ -41,7 +44,7 @@ class Device:
         Williams et al. 2009 (doi 10.1145/1498765.1498785), the roofline.
         """
         speed = self.multiplies.get(str(dtype).removeprefix("torch."), self.multiplies["float32"])
-        return sum(max(each.flops / speed, each.moved / self.moves) + self.start for each in operations)
+        return TOGETHER * sum(max(each.flops / speed, each.moved / self.moves) + self.start for each in operations)
 
 
 def _class(
