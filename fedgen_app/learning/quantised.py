@@ -7,7 +7,6 @@ LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), which rounds what goes into
 from __future__ import annotations
 
 import ctypes
-import logging
 import platform
 from collections import Counter
 from typing import Any
@@ -36,8 +35,6 @@ def _library(bits: int) -> Any:
         raise SettingsError(
             f"backbone-bits = {bits}: needs bitsandbytes: pip install 'fedgen-edge[bits]' ({error}); or use 0"
         ) from None
-    # It says with every layer of every step that 8 bits pass through float16.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return bitsandbytes
 
 
