@@ -20,7 +20,6 @@ def drawn(places: int, keys: int, dtype: torch.dtype = torch.float64) -> list[Te
 MASKS: list[dict[str, Any]] = [
     {},
     {"is_causal": True},
-    {"attn_mask": torch.tensor([[True] * 5, [True, False, True, False, False]]).repeat(2, 1)[:4]},
     {"attn_mask": torch.linspace(-3, 3, 20, dtype=torch.float64).view(4, 5)},
 ]
 
@@ -56,6 +55,8 @@ def taken(monkeypatch: pytest.MonkeyPatch, inputs: list[Tensor], **options: Any)
         (16, torch.float32, {}, False),
         (1024, torch.bfloat16, {}, False),
         (16, torch.bfloat16, {"scale": 1.0}, False),
+        (16, torch.bfloat16, {"attn_mask": torch.ones(16, 16, dtype=torch.bfloat16).triu()}, True),
+        (16, torch.bfloat16, {"attn_mask": torch.ones(16, 16, dtype=torch.bool).tril()}, False),
         (16, torch.bfloat16, {"dropout_p": 0.5}, False),
     ],
 )

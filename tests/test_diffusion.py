@@ -256,6 +256,17 @@ def test_both_samplers_take_every_schedule(schedule: str, sampler: str, tmp_path
     assert images.shape == (2, 16, 16, 3) and not np.array_equal(images[0], images[1])
 
 
+@pytest.mark.parametrize("solver", ["dpmsolver", "sde-dpmsolver++"])
+def test_dpm_solver_is_the_one_that_draws_no_noise_whatever_the_folder_names(solver: str, tmp_path: Path) -> None:
+    folder = Path(rescheduled(tmp_path, "text", "epsilon"))
+    usual = generate(loud(str(folder)), ["disc"], 3, options(sampler="dpm-solver"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"algorithm_type": solver, "final_sigmas_type": "sigma_min"})
+    )
+    assert np.array_equal(generate(loud(str(folder)), ["disc"], 3, options(sampler="dpm-solver")), usual)
+
+
 @pytest.mark.parametrize("kind", ["text", "latent", "dit"])
 def test_guidance_one_is_unguided_and_zero_is_told_nothing(kind: str) -> None:
     backbone = loud(kind)

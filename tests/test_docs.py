@@ -88,6 +88,7 @@ def test_every_module_stands_in_the_tree() -> None:
     package = ROOT / "fedgen_app"
     files = [f for f in sorted(package.rglob("*")) if f.suffix in (".py", ".toml") and f.name != "__init__.py"]
     folders = {f.parent for f in files}
+    files += [f for folder in ("benchmarks", "scripts") for f in sorted((ROOT / folder).glob("*.py"))]
     there = {f"{f.relative_to(ROOT)}" for f in files} | {f"{f.relative_to(ROOT)}/" for f in folders}
     assert sorted(there - set(tree())) == []
 

@@ -306,6 +306,10 @@ def oblong(folder: Path) -> None:
     edit(folder / "unet" / "config.json", sample_size=[8, 16])
 
 
+def unknown_prediction(folder: Path) -> None:
+    edit(folder / "scheduler" / "scheduler_config.json", prediction_type="flow_prediction")
+
+
 BROKEN: dict[Callable[[Path], None], str] = {
     no_index: "no diffusers pipeline: model_index.json",
     index_of_nothing: "no diffusers pipeline: model_index.json",
@@ -313,6 +317,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     told_classes_beside_text: "its UNet wants more than a prompt's hidden states",
     for_inpainting: "its denoiser takes 9 channels, its autoencoder makes 4",
     flow_matching: "its FlowMatchEulerDiscreteScheduler has no beta schedule",
+    unknown_prediction: "its denoiser predicts 'flow_prediction'",
     no_text_encoder: "a UNet2DConditionModel needs a tokenizer and a CLIPTextModel beside it",
     another_text_encoder: "a UNet2DConditionModel needs a tokenizer and a CLIPTextModel beside it",
     another_denoiser: r"no denoiser that is known here \(.*\) among .*unet \(FluxTransformer2DModel\)",

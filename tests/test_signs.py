@@ -76,7 +76,14 @@ def test_rounding_is_not_worse() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "told"),
-    [(0.95, 0.9, False), (0.95, 0.2, True), (0.95, 0.45, True), (0.4, 0.3, False), (0.2, 0.24, True)],
+    [
+        (0.95, 0.9, False),
+        (0.95, 0.2, True),
+        (0.95, 0.45, True),
+        (0.4, 0.3, False),
+        (0.2, 0.24, True),
+        (25.0, 2.4, False),
+    ],
 )
 def test_diversity_that_collapses(before: float, after: float, told: bool) -> None:
     found = signs(results(rounds=(20.0,), diversity=(before, after)))

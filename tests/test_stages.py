@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -47,9 +49,19 @@ def test_pictures_survive_their_packing() -> None:
         images = list(draw.integers(0, 256, (3, 16, 16, channels), np.uint8))
         data = STAGES.pack(images)
         assert all(map(np.array_equal, STAGES.unpack(settings, backbone, data, 3), images))
+        huge = bytearray(data)
+        huge[16:24] = struct.pack(">II", 60_000, 60_000)  # width and height
+        huge[29:33] = struct.pack(">I", zlib.crc32(huge[12:29]))
         jpeg = io.BytesIO()
         Image.open(io.BytesIO(data)).save(jpeg, "jpeg")
-        for wrong, count in ((data, 2), (data[:-30], 3), (b"", 3), (b"a text", 3), (jpeg.getvalue(), 3)):
+        for wrong, count in (
+            (data, 2),
+            (data[:-30], 3),
+            (b"", 3),
+            (b"a text", 3),
+            (jpeg.getvalue(), 3),
+            (bytes(huge), 3),
+        ):
             with pytest.raises(DataError, match="picture"):
                 STAGES.unpack(settings, backbone, wrong, count)
 

@@ -20,14 +20,14 @@ def plain(
 ) -> Tensor:
     """softmax(Q K^T / sqrt(d) + mask) V with two products in the inputs' own type; shapes (..., places, d).
 
-    ``attn_mask``: added, or where it is bool what may be looked at. ``is_causal``: nothing that comes later.
+    ``is_causal``: nothing that comes later is looked at.
     """
     scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2)
     if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
     if attn_mask is not None:
-        shut = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -math.inf) if shut else scores + attn_mask
+        scores = scores + attn_mask
     return scores.softmax(-1) @ value
 
 
@@ -44,6 +44,7 @@ def attend(
     """``scaled_dot_product_attention`` with its own arguments, by ``plain`` where that is faster and says the same."""
     short = query.shape[-2] * key.shape[-2] <= PAIRS
     usual = not dropout_p and not enable_gqa and scale in (None, query.shape[-1] ** -0.5)
+    usual = usual and (attn_mask is None or attn_mask.dtype == query.dtype)  # where a bool shuts all, torch gives zeros
     if short and usual and query.dtype == torch.bfloat16:
         return plain(query, key, value, attn_mask, is_causal)
     return nn.functional.scaled_dot_product_attention(

@@ -27,13 +27,14 @@ log = logging.getLogger(__name__)
 
 
 def check(settings: Settings, backbone: Backbone, test: Examples | None, frozen: Metrics | None) -> None:
-    """Before any client works: prompts that the backbone knows, and the extractor that the run began with.
+    """Before any client works: a size and prompts that the backbone knows, and the extractor that the run began with.
 
     Raises:
-        SettingsError: ``samples.prompts`` names what this backbone cannot be told.
+        SettingsError: the backbone has no such ``resolution``, or ``samples.prompts`` names what it cannot be told.
         CheckpointError: the frozen backbone was measured with another extractor than there is now.
     """
     known = cast(Facts, backbone.processor)
+    known.side_for(settings.resolution)
     for prompt in settings.samples.prompts:
         if known.condition == "none":
             raise SettingsError(f"samples.prompts = {prompt!r}: this backbone is told nothing; leave it empty")

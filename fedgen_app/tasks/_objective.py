@@ -45,7 +45,7 @@ def _errors(
     if kind == "v_prediction":
         target = pipeline.noise.get_velocity(clean, drawn, timesteps)
     else:
-        target = drawn if kind == "epsilon" else clean
+        target = {"epsilon": drawn, "sample": clean}[kind]
     predicted = predict(pipeline, model, noisy, timesteps, told(pipeline, model, batch, numbers))
     return cast(Tensor, (predicted - target) ** 2).flatten(1).mean(1)
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel
+from transformers.utils import logging as transformers_logging
 
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning.backbone import facts_of
@@ -24,6 +25,7 @@ Condition = Literal["none", "class", "text"]
 
 INDEX = "model_index.json"
 DENOISERS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a denoiser may have learned to tell
 # The parts that generating needs, and where each describes itself; a tokenizer's files all do.
 CONFIG = {
     **dict.fromkeys(("unet", "transformer", "vae", "text_encoder"), "config.json"),
@@ -205,6 +207,7 @@ def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) ->
     """A frozen CLIP text encoder."""
 
     def load(place: Path) -> nn.Module:
+        cast(Any, transformers_logging).disable_progress_bar()
         return cast(
             nn.Module,
             CLIPTextModel.from_pretrained(place, dtype=dtype, use_safetensors=True, local_files_only=True),
@@ -284,6 +287,10 @@ def open_pipeline(
     schedule = _facts(folder, "scheduler", "scheduler_config.json")
     if "beta_schedule" not in schedule and "trained_betas" not in schedule:
         raise BackboneError(f"{folder}: its {parts['scheduler']} has no beta schedule (flow matching?): not known here")
+    if schedule.get("prediction_type", "epsilon") not in PREDICTIONS:
+        raise BackboneError(
+            f"{folder}: its denoiser predicts {schedule['prediction_type']!r}; known here: {', '.join(PREDICTIONS)}"
+        )
     pipeline = Pipeline(
         folder=folder,
         kind=parts["pipeline"],

@@ -27,9 +27,14 @@ def _scheduler(pipeline: Pipeline, options: SampleSettings) -> Any:
             pipeline.schedule, clip_sample=clips, timestep_spacing="trailing"
         )
     else:
-        # Without variance_type: the learned variance's channels, which it would cut off, are gone already.
+        # Not another kind of solver that the folder may name: some draw noise of their own. Without variance_type: the
+        # learned variance's channels, which it would cut off, are gone already.
         scheduler = cast(Any, DPMSolverMultistepScheduler).from_config(
-            pipeline.schedule, timestep_spacing="trailing", variance_type=None
+            pipeline.schedule,
+            timestep_spacing="trailing",
+            variance_type=None,
+            algorithm_type="dpmsolver++",
+            final_sigmas_type="zero",
         )
     scheduler.set_timesteps(min(options.steps, len(pipeline.noise)), device=pipeline.device)
     return scheduler

@@ -90,7 +90,8 @@ def unpack(settings: Settings, backbone: Backbone, data: bytes, count: int) -> l
             if picture.size != (side, side * count) or picture.mode != {1: "L", 3: "RGB"}[channels]:
                 raise DataError(f"a picture of {picture.size} pixels, not {count} of {side}x{side}")
             column = np.asarray(picture).reshape(count, side, side, channels)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow says of a file that is none, or is damaged
+    # What Pillow says of a file that is none, or is damaged, or claims to be huge.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"not a picture: {type(error).__name__}") from None
     return list(column)
 
