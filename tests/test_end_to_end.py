@@ -106,7 +106,7 @@ def test_the_run_folder_is_complete(run: Finished) -> None:
     peft = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     assert {f.name for f in (run.folder / "global").iterdir()} == peft
     for client in range(4):
-        assert {f.name for f in (run.folder / "clients" / str(client)).iterdir()} == peft | {"state"}
+        assert {f.name for f in (run.folder / "clients" / str(client)).iterdir()} == peft | {"state", ".lock"}
     assert sorted(f.name for f in (run.folder / "checkpoints").iterdir()) == ["round-0001", "round-0002"]
     for number in (1, 2):
         checkpoint = run.folder / "checkpoints" / f"round-000{number}"

@@ -111,7 +111,7 @@ def test_the_run_folder_is_complete(kind: str, run: Any) -> None:
     shared = adapter(folder / "global")
     for client in range(3):
         own = folder / "clients" / str(client)
-        assert {f.name for f in own.iterdir()} == exported | {"state"}
+        assert {f.name for f in own.iterdir()} == exported | {"state", ".lock"}
         personal = adapter(own)
         assert adapters.layout_of(personal) == adapters.layout_of(shared)
         assert adapters.digest(personal) != adapters.digest(shared)
