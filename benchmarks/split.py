@@ -81,10 +81,9 @@ def measure(run: Path, url: str, token: str, args: argparse.Namespace) -> dict[s
     from fedgen_app.learning import adapters
     from fedgen_app.learning.backbone import load_task, open_backbone
     from fedgen_app.serving.client import Choice, Remote, draw
-    from fedgen_app.serving.engine import sampled
 
     known = settings_of(run)
-    settings = sampled(known, args.steps, known.samples.guidance, "ddim")
+    settings = known.sampling(steps=args.steps, sampler="ddim")
     task, backbone = load_task(settings.task), open_backbone(settings)
     adapters.write(backbone.model, adapters.load_adapter(run / "clusters" / "0" / "adapter_model.safetensors"))
     texts = [TEXTS[number % len(TEXTS)] for number in range(args.images)]

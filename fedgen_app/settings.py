@@ -374,6 +374,10 @@ class Settings(Group):
             raise SettingsError("\n".join(mistakes))
         return settings
 
+    def sampling(self, **changes: object) -> Settings:
+        """The same settings with some of ``samples`` changed; the values are not checked anew."""
+        return self.model_copy(update={"samples": self.samples.model_copy(update=changes)})
+
     def flat(self) -> dict[str, Value]:
         """The run config that these settings came from (lists joined again)."""
         return dict(_flatten(self.model_dump(by_alias=True)))

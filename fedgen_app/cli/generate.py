@@ -73,8 +73,7 @@ def generate(
         raise SettingsError(f"{names} exclude each other")
     folder, prompts = run_dir.resolve(), [text for text in prompt or [] if text]
     settings = settings_of(folder)
-    changed = {key: value for key, value in (("length", length), ("steps", steps)) if value}
-    asked = settings.model_copy(update={"samples": settings.samples.model_copy(update=changed)})
+    asked = settings.sampling(**{key: value for key, value in (("length", length), ("steps", steps)) if value})
     wanted = mixing.asked(folder / "clusters", mix, prompts) if mix and not via else []
     far = remote.asked(via, split, token_file, ca, mix or [], prompts, asked)
     if cluster_key is not None and None not in (far.mixes if far else wanted):

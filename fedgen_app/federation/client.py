@@ -32,7 +32,7 @@ from fedgen_app.learning.task import LocalData, Metrics, Share, Task
 from fedgen_app.learning.training import Plan, round_factor
 from fedgen_app.runs.personal import Kept, PersonalStore
 from fedgen_app.seeds import derive
-from fedgen_app.settings import Settings, shown_source
+from fedgen_app.settings import Settings, Value, shown_source
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,127}")
 UNEXPECTED = 199
@@ -56,6 +56,11 @@ def guarded(message: Message, context: Context, call_next: ClientAppCallable) ->
 def load_method(name: str) -> Method:
     """The method of a settings value: ``methods/<name>.py`` ends in ``METHOD``."""
     return cast(Method, importlib.import_module(f"fedgen_app.methods.{name.replace('-', '_')}").METHOD)
+
+
+def own_choices(node: Mapping[str, Value]) -> dict[str, Value]:
+    """The settings that a device's node configuration decides."""
+    return {key: node[key] for key in OWN_CHOICES if key in node}
 
 
 def check_method(settings: Settings) -> Method:
@@ -170,8 +175,7 @@ class Participant:
             PolicyError: the node's policy cannot be read.
         """
         node = context.node_config
-        own = {key: node[key] for key in OWN_CHOICES if key in node}
-        settings = Settings.from_run_config({**context.run_config, **own})
+        settings = Settings.from_run_config({**context.run_config, **own_choices(node)})
         if "partition-id" in node and "data" not in node:
             index, count = int(node["partition-id"]), int(node["num-partitions"])
             ranks = settings.lora.ranks or (settings.lora.rank,)

@@ -67,8 +67,11 @@ def turned(settings: Settings, task: Task, backbone: Backbone, texts: Sequence[s
         key: The secret of the devices, where they have one.
 
     Raises:
+        SettingsError: there is no text to go by.
         DataError: a prompt has no direction.
     """
+    if not all(text.strip() for text in texts):
+        raise SettingsError(f"--mix auto: there is no prompt to go by; name one with --prompt, or {EXPLICIT}")
     rows = encode(settings, task, backbone, texts)
     width = rows.shape[1]
     return rows @ rotation(key, width).T if key else rows, space_of(mark_of(settings, backbone), key, width)
@@ -89,8 +92,6 @@ def mixtures_for(
         DataError: a prompt has no direction.
     """
     centres, space = centroids_of(folder)
-    if not all(text.strip() for text in texts):
-        raise SettingsError(f"--mix auto: there is no prompt to go by; name one with --prompt, or {EXPLICIT}")
     rows, own = turned(settings, task, backbone, texts, key)
     if own != space:
         secret = "the devices turned what they sent with a secret key, or used another encoder; with --cluster-key FILE"

@@ -103,14 +103,14 @@ def room() -> Finding:
 
 def memory(node: Mapping[str, Any], settings: Settings) -> Finding:
     """Free memory, and what the device allows, against the estimate for its backbone and the run's settings."""
-    from fedgen_app.federation.client import OWN_CHOICES
+    from fedgen_app.federation.client import own_choices
     from fedgen_app.fleet.estimate import estimate
     from fedgen_app.learning.backbone import load_task
 
     if load_task(settings.task).probe is None:  # networks so small that the libraries are all that counts
         return room()
     rank = min(int(node.get("rank", 0)) or settings.lora.rank, settings.lora.rank)
-    own = {key: node[key] for key in OWN_CHOICES if key in node} | {"lora.rank": rank, "lora.ranks": ""}
+    own = own_choices(node) | {"lora.rank": rank, "lora.ranks": ""}
     try:
         here = Settings.from_run_config(settings.flat() | own)
         needed = estimate(here, str(node.get("backbone", ""))).memory

@@ -85,6 +85,11 @@ def _installer(name: str, values: Mapping[str, object]) -> File:
     return File(_template(name, {**values, "common": common}).encode(), PROGRAM)
 
 
+def _starter(name: str, values: Mapping[str, object], home: str) -> File:
+    common = _template("start-common.sh", {**values, "home": home}).rstrip("\n")
+    return File(_template(name, {**values, "common": common}).encode(), PROGRAM)
+
+
 def node_config(fleet: Fleet, device: Device) -> dict[str, object]:
     """What the SuperNode tells its ClientApp."""
     state, config = f"{fleet.paths.state}/{device.id}", f"{fleet.paths.config}/{device.id}"
@@ -126,7 +131,7 @@ def device_files(fleet: Fleet, device: Device, ca: bytes, key: bytes) -> Files:
         "install.sh": _installer("install-device.sh", values),
     }
     for name in ("supernode", "worker") if device.warm else ("supernode",):
-        files[f"{name}.sh"] = File(_template(f"{name}.sh", values).encode(), PROGRAM)
+        files[f"{name}.sh"] = _starter(f"{name}.sh", values, f"{fleet.paths.state}/{device.id}")
         files[f"fedgen-{name}-{device.id}.service"] = File(_template(f"{name}.service", values).encode(), PUBLIC)
     return files
 
@@ -153,7 +158,7 @@ def server_files(fleet: Fleet, secrets: Mapping[str, bytes], public_keys: Mappin
         "install.sh": _installer("install-server.sh", values),
     }
     for name in ("superlink", "superexec"):
-        files[f"{name}.sh"] = File(_template(f"{name}.sh", values).encode(), PROGRAM)
+        files[f"{name}.sh"] = _starter(f"{name}.sh", values, f"{fleet.paths.state}/server")
         files[f"fedgen-{name}.service"] = File(_template(f"{name}.service", values).encode(), PUBLIC)
     for device, key in public_keys.items():
         files[f"devices/{device}.pub"] = File(key, PUBLIC)

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from fedgen_app.errors import ServiceError, SettingsError
 from fedgen_app.federation.clustering import Numbers
 from fedgen_app.federation.hybrid import likened
+from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.mixture import Mixture
 from fedgen_app.learning.task import Shapes
 from fedgen_app.serving import body
@@ -95,6 +96,12 @@ class Ask:
     def together(self) -> tuple[object, ...]:
         """What requests that share a forward pass have in common."""
         return self.kind, self.steps, self.guidance, self.sampler, self.done
+
+
+def scaled(backbone: Backbone) -> dict[str, str]:
+    """How an adapter for this model is scaled, as the facts beside a mixed one say it."""
+    config = cast(Any, backbone.model).peft_config["default"]
+    return {"alpha": repr(float(config.lora_alpha)), "rslora": str(config.use_rslora).lower()}
 
 
 def parse(kind: Kind, data: bytes, frame: Frame) -> Ask:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import httpx
 import torch
 from torch import Tensor
 
-from fedgen_app.errors import DataError, ServiceError, SettingsError
-from fedgen_app.federation.hybrid import EXPLICIT, turned
+from fedgen_app.errors import DataError, ServiceError
+from fedgen_app.federation.hybrid import turned
 from fedgen_app.learning import mixture
 from fedgen_app.learning.adapters import Adapter
 from fedgen_app.learning.backbone import Backbone
@@ -112,8 +112,6 @@ class Choice:
             return cls({asks.CLUSTERS: torch.tensor(named), asks.WEIGHTS: torch.tensor(rows, dtype=torch.float64)})
         if not mixes:
             return cls()
-        if not all(text.strip() for text in texts):
-            raise SettingsError(f"--mix auto: there is no prompt to go by; name one with --prompt, or {EXPLICIT}")
         vectors, space = turned(settings, task, backbone, texts, key)
         return cls({asks.VECTOR: torch.from_numpy(vectors).float()}, {asks.SPACE: space})
 
@@ -160,8 +158,7 @@ def draw(
         else:
             data = remote.post("latents", tensors, facts | {asks.DONE: str(split)})
             half = _latents(data, shapes, len(places), split)
-            changed = options.model_copy(update={"sampler": "ddim", "steps": steps})
-            here = settings.model_copy(update={"samples": changed})
+            here = settings.sampling(sampler="ddim", steps=steps)
             contents = stages.finish(backbone, stages.advance(here, backbone, encoded, half, split, steps))
     except (body.MalformedError, DataError) as error:
         raise ServiceError(0, f"{remote.url}: not what was asked for: {error}") from None
@@ -212,8 +209,6 @@ def fetch(remote: Remote, backbone: Backbone, rows: Mapping[str, Tensor], facts:
         adapter, told = body.read(remote.post("adapters", rows, facts), MOST_ADAPTER_HEADER)
     except body.MalformedError as error:
         raise ServiceError(0, f"{remote.url}: no adapter: {error}") from None
-    config = cast(Any, backbone.model).peft_config["default"]
-    wanted = {"alpha": repr(float(config.lora_alpha)), "rslora": str(config.use_rslora).lower()}
-    if told != wanted or any(tensor.dtype != torch.float32 for tensor in adapter.values()):
+    if told != asks.scaled(backbone) or any(tensor.dtype != torch.float32 for tensor in adapter.values()):
         raise ServiceError(0, f"{remote.url}: an adapter of another run than these settings are of")
     return adapter

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 
 from fedgen_app.errors import SettingsError
-from fedgen_app.federation.client import load_method
+from fedgen_app.federation.client import load_method, lora_of
 from fedgen_app.federation.hybrid import adapters_of, centroids_of
 from fedgen_app.federation.summary import CENTROIDS
 from fedgen_app.learning import mixture
@@ -20,7 +18,7 @@ from fedgen_app.learning.backbone import Backbone, load_task, open_backbone
 from fedgen_app.learning.export import ADAPTER_FILE
 from fedgen_app.learning.mixture import Mixture
 from fedgen_app.learning.task import Shapes, Stages, Task
-from fedgen_app.serving import body
+from fedgen_app.serving import asks, body
 from fedgen_app.serving.asks import GLOBAL, Ask, Frame
 from fedgen_app.serving.guard import Limits
 from fedgen_app.settings import Settings
@@ -48,13 +46,12 @@ class Engine:
         return self._drawn(batch, self.task.stages)
 
     def _adapter(self, wanted: Mixture) -> bytes:
-        config = cast(Any, self.backbone.model).peft_config["default"]
-        facts = {"alpha": repr(float(config.lora_alpha)), "rslora": str(config.use_rslora).lower()}
-        return body.write(mixture.combined(wanted, self.parts, lambda rank: scaling(self.settings, rank)), facts)
+        mixed = mixture.combined(wanted, self.parts, lambda rank: scaling(self.settings, rank))
+        return body.write(mixed, asks.scaled(self.backbone))
 
     def _drawn(self, batch: Sequence[Ask], stages: Stages) -> list[bytes]:
         first = batch[0]
-        settings = sampled(self.settings, first.steps, first.guidance, first.sampler)
+        settings = self.settings.sampling(steps=first.steps, guidance=first.guidance, sampler=first.sampler)
         sizes = [len(ask.mixtures) for ask in batch]
         start = torch.cat([stages.noise(settings, self.backbone, len(a.mixtures), a.seed) for a in batch])
         prompts = torch.cat([ask.prompt for ask in batch])
@@ -68,15 +65,9 @@ class Engine:
         return [stages.pack(stages.finish(self.backbone, one)) for one in each]
 
 
-def sampled(settings: Settings, steps: int, guidance: float, sampler: str) -> Settings:
-    """The same settings, drawing in this way."""
-    changed = {"steps": steps, "guidance": guidance, "sampler": sampler}
-    return settings.model_copy(update={"samples": settings.samples.model_copy(update=changed)})
-
-
 def scaling(settings: Settings, rank: int) -> float:
     """Of an adapter of this rank."""
-    return settings.lora.alpha / (math.sqrt(rank) if settings.lora.rslora else rank)
+    return lora_of(settings).at(rank).scaling
 
 
 def open_engine(folder: Path, settings: Settings, clusters: Sequence[int], limits: Limits, place: str = "") -> Engine:

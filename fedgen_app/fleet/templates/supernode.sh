@@ -1,14 +1,6 @@
 #!/bin/sh
 # Starts the SuperNode of device @{id}; made by `fedgen provision`.
-set -eu
-export PATH="@{environment}/bin:/usr/local/bin:/usr/bin:/bin"
-export HOME="@{state}/@{id}"
-export FLWR_HOME="@{state}/@{id}/flower"
-export FEDGEN_CACHE="@{state}/@{id}/cache"
-export HF_HOME="@{state}/@{id}/hub"
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-umask 077
-cd "@{state}/@{id}"
+@{common}
 set -- \
     --superlink "@{address}" \
     --root-certificates "@{config}/@{id}/ca.crt" \
