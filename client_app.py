@@ -56,7 +56,7 @@ def train(message: Message, context: Context) -> Message:
         learned = work.method.local(work.lesson(plan, on_step))
     for made in (learned.adapter, learned.own, learned.extra):  # apart: a method's own tensors may have the same keys
         adapters.check_finite(made, f"training diverged in round {order.number}")
-    work.store.save(order.number, Kept(learned.adapter, learned.own))
+    work.store.save(order.number, Kept(learned.adapter, learned.own), order.averaged)
 
     shared = {key: tensor for key, tensor in learned.adapter.items() if work.method.shares(key, work.round)}
     metrics = {

@@ -20,6 +20,7 @@ from fedgen_app.federation import wire
 from fedgen_app.federation.client import round_plan
 from fedgen_app.learning import adapters, training
 from fedgen_app.learning.backbone import open_backbone
+from fedgen_app.runs.personal import load_kept
 from fedgen_app.settings import Settings, Value
 
 CULPRIT = 1  # the client id; its node is one more
@@ -208,6 +209,21 @@ def test_a_bad_reply_costs_its_client_one_round(fault: str, tmp_path: Path) -> N
     assert_honest(folder, grid, 1, [0, 2])
     assert_honest(folder, grid, 2, [0, 1, 2])
     assert "diary" not in (folder / "events.jsonl").read_text()
+
+
+def test_replies_that_did_not_count_leave_scaffolds_variates_true(tmp_path: Path) -> None:
+    """The server's control variate is the mean of the clients', whatever became of replies in between."""
+    folder = tmp_path / "run"
+    config = tiny_config(
+        folder, method="scaffold", num_server_rounds=5, keep_checkpoints=1, personal__epochs=0, samples__count=0
+    )
+    grid = TamperedGrid(config, 3, with_number(math.nan), [2, 3, 4], [CULPRIT])
+    found = federate(config, 3, grid)
+    assert [entry["clients"] for entry in found["rounds"]] == [[0, 1, 2], *[[0, 2]] * 3, [0, 1, 2]]
+    server = load_file(folder / "checkpoints" / "round-0005" / "extra.safetensors")
+    own = [load_kept(folder / "clients" / str(c) / "state" / "round-0005.safetensors").own for c in range(3)]
+    for key, variate in server.items():
+        torch.testing.assert_close(variate, sum(x[key] for x in own) / 3, rtol=1e-4, atol=1e-7)
 
 
 def test_an_enormous_weight_is_capped(tmp_path: Path) -> None:

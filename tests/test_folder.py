@@ -273,6 +273,17 @@ def test_a_client_keeps_its_last_states(tmp_path: Path) -> None:
     assert numbered(store) == ["round-0002.safetensors", "round-0005.safetensors"]
 
 
+def test_a_client_keeps_the_state_that_counted_last(tmp_path: Path) -> None:
+    store = PersonalStore(tmp_path, keep=2)
+    for number in (1, 2, 3, 5, 6):
+        store.save(number, Kept(state(number).adapter), averaged=min(number - 1, 2))
+    assert numbered(store) == ["round-0002.safetensors", "round-0005.safetensors", "round-0006.safetensors"]
+    store.save(7, Kept(state(7).adapter), averaged=6)
+    assert numbered(store) == ["round-0006.safetensors", "round-0007.safetensors"]
+    store.save(2, Kept(state(2).adapter), averaged=6)  # the run went back behind the rounds that counted
+    assert numbered(store) == ["round-0002.safetensors"]
+
+
 def test_a_round_that_is_repeated_ends_the_abandoned_ones_after_it(tmp_path: Path) -> None:
     store = PersonalStore(tmp_path, keep=2)
     for number in (4, 5):

@@ -227,7 +227,8 @@ def test_the_digest_of_the_result_covers_the_residual(tmp_path: Path) -> None:
     + [("centralized", "no federation", True)],
 )
 def test_the_card_says_how_the_model_was_made(method: str, told: str, peft: bool, tmp_path: Path) -> None:
-    federate(config(tmp_path / "run", method, num_server_rounds=1, personal__epochs=0, samples__count=0))
+    found = federate(config(tmp_path / "run", method, num_server_rounds=1, personal__epochs=0, samples__count=0))
+    assert found["adapter"]["rank"] == (None if method == "fedavg-full" else 4)
     card = (tmp_path / "run/global/README.md").read_text()
     assert told in card and ("library_name: peft" in card) is peft and ("tags: [lora," in card) is peft
 

@@ -245,6 +245,7 @@ class Assignment:
 
     Attributes:
         steps: Optimiser steps to take; 0: as the settings say.
+        averaged: The last round in which a reply of this client counted; 0: none.
         offers: Several clusters' tensors, of which the client takes what suits its data best; empty: nothing to choose.
     """
 
@@ -252,6 +253,7 @@ class Assignment:
     run_name: str
     received: wire.Parcel
     steps: int
+    averaged: int
     offers: Mapping[int, wire.Parcel]
 
     @classmethod
@@ -265,7 +267,16 @@ class Assignment:
         received = wire.received(message.content, settings.wire.codec)
         number, steps = int(cast(int, config[wire.ROUND])), int(cast(int, config.get(wire.STEPS, 0)))
         offers = wire.Offers.parted(received.adapter).parcels
-        return cls(number, str(config[wire.RUN]), received, steps, offers)
+        averaged = int(cast(int, config.get(wire.AVERAGED, 0)))
+        return cls(number, str(config[wire.RUN]), received, steps, averaged, offers)
+
+    def remembered(self, method: Method) -> int:
+        """The last round whose state this client goes on from.
+
+        What belongs to the server's own tensors goes on from what the server has: a reply that was refused or came
+        late is not in them.
+        """
+        return min(self.averaged if method.tied else self.number - 1, self.number - 1)
 
 
 @dataclass(frozen=True)
@@ -309,7 +320,7 @@ class Work:
         round_ = Round(order.number, lora_of(settings), seed, settings, backbone.layout, max(1, me.simulated))
         private = {key for key, _ in backbone.layout if not method.shares(key, round_)}
         remembers = private or method.local is not plain or method.personal is not fine_tune
-        kept = store.before(order.number) if remembers else Kept()
+        kept = store.before(order.remembered(method) + 1) if remembers else Kept()
         own = {key: kept.adapter[key] for key in sorted(private & set(kept.adapter))}
 
         def start_from(received: Adapter) -> Adapter:

@@ -137,7 +137,8 @@ class Session:
             )
         task.check(self.settings, backbone, test, self.frozen)
         size = sum(tensor.numel() for tensor in self.groups.shared.adapter.values())
-        self.results |= report.foundation(backbone, self.settings.lora.rank, size)
+        rank = self.settings.lora.rank if method.weights == "adapter" else None
+        self.results |= report.foundation(backbone, rank, size)
         self.results |= {"rounds": self.history, "frozen": self.frozen, "left_out": self.left_out}
         self.folder.write_results(self.results)
 

@@ -109,7 +109,7 @@ class FedLora(Strategy):
             rounds=s.num_server_rounds,
             done=len(self.history),
             clients=len(self.roster.members),
-            rank=self.lora.rank,
+            rank=self.lora.rank if self.method.weights == "adapter" else None,
             held=self.roster.held(),
         )
 
@@ -256,9 +256,14 @@ class FedLora(Strategy):
         """One message per client with a record of its own."""
         config: dict[str, int | float | str] = {wire.ROUND: number, wire.RUN: self.run_name, wire.STEPS: steps}
         self._nodes = {self.roster.members[client].node: client for client in clients}
+        averaged = {client: entry["round"] for entry in self.history for client in entry["clients"]}  # the last wins
         messages = [
             Message(
-                wire.instruction(self._parcel(number, client), self.settings.wire.codec, config),
+                wire.instruction(
+                    self._parcel(number, client),
+                    self.settings.wire.codec,
+                    config | {wire.AVERAGED: averaged.get(client, 0)},
+                ),
                 node,
                 kind,
                 ttl=deadline + TTL_MARGIN,

@@ -25,6 +25,7 @@ ARRAY = "adapter"
 ROUND, RUN, LAYOUT, KEYS, SHAPES = "round", "run", "layout", "keys", "shapes"
 RESIDUAL, EXTRA = "residual/", "extra/"  # in front of a key
 RANK, STEPS = "rank", "steps"
+AVERAGED = "averaged"  # the last round in which the client's reply counted; 0: none
 CLUSTER = "cluster"
 OFFERED = re.compile(r"cluster/(\d{1,9})/(.+)")
 NUM_EXAMPLES = "num-examples"

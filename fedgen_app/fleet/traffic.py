@@ -72,7 +72,7 @@ def _update(client: int, method: Method, round_: Round) -> Update:
 
 
 def _sent(settings: Settings, parcel: wire.Parcel | wire.Offers) -> Message:
-    config: dict[str, int | float | str] = {wire.ROUND: 1, wire.RUN: NAME}
+    config: dict[str, int | float | str] = {wire.ROUND: 1, wire.RUN: NAME, wire.STEPS: 0, wire.AVERAGED: 0}
     return Message(wire.instruction(parcel, settings.wire.codec, config), 1, TRAIN)
 
 

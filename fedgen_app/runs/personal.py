@@ -57,12 +57,17 @@ class PersonalStore:
         earlier = [n for n in self._numbers() if n < number]
         return load_kept(self._file(earlier[-1])) if earlier else Kept()
 
-    def save(self, number: int, kept: Kept) -> None:
-        """Keep the state after a round, which ends later ones; a crash leaves the old file or the new one."""
+    def save(self, number: int, kept: Kept, averaged: int = 0) -> None:
+        """Keep the state after a round, which ends later ones; a crash leaves the old file or the new one.
+
+        Args:
+            averaged: The last round that counted on the server: the state after it is kept, however old.
+        """
         joined = kept.adapter | {f"{OWN}{key}": tensor for key, tensor in kept.own.items()}
         save_adapter(joined, self._file(number), {"round": str(number)})
         numbers = self._numbers()
         # Later ones are of rounds that the run went back behind: nobody may start from them again.
         abandoned, done = [n for n in numbers if n > number], [n for n in numbers if n <= number]
-        for other in abandoned + done[: -self.keep]:
+        counted = [n for n in done if n <= averaged][-1:]
+        for other in set(abandoned + done[: -self.keep]) - set(counted):
             self._file(other).unlink(missing_ok=True)

@@ -36,8 +36,8 @@ def opening(task: str, method: str, run: str) -> dict[str, Any]:
     }
 
 
-def foundation(backbone: Backbone, rank: int, adapter_parameters: int) -> dict[str, Any]:
-    """The parts of results.json about what the run stands on."""
+def foundation(backbone: Backbone, rank: int | None, adapter_parameters: int) -> dict[str, Any]:
+    """The parts of results.json about what the run stands on; rank None: all weights learn."""
     return {
         "backbone": {
             "name": backbone.name,
@@ -110,8 +110,9 @@ def line(event: Mapping[str, Any]) -> str | None:
     match event["event"]:
         case "start":
             done = f", {event['done']} already done" if event["done"] else ""
+            what = "all weights" if event["rank"] is None else f"rank {event['rank']}"
             return (
-                f"{event['task']}, {event['method']}, rank {event['rank']}: {event['rounds']} rounds{done}, "
+                f"{event['task']}, {event['method']}, {what}: {event['rounds']} rounds{done}, "
                 f"{event['clients']} clients"
             )
         case "frozen":
