@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
+import server_app
 from fedgen_app.federation import wire
 from fedgen_app.learning import adapters
-from fedgen_app.learning.backbone import open_backbone
+from fedgen_app.learning.backbone import load_task, open_backbone
 from fedgen_app.settings import Settings, Value
 
 METRICS = {"word_perplexity", "token_perplexity", "bits_per_byte"}
@@ -284,6 +286,21 @@ def test_a_broken_data_file_says_nothing_of_itself(tmp_path: Path, capfd: pytest
     told = (folder / "events.jsonl").read_text() + json.dumps(found["rounds"])
     assert CANARY not in told and "train.jsonl" not in told
     assert "code 102, data" in told
+
+
+def test_a_run_that_ends_in_nonsense_has_no_figures_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, measured = load_task("language"), [300.0, 200.0, float("nan")]
+
+    def evaluate(*arguments: Any) -> dict[str, float]:
+        return {"word_perplexity": measured.pop(0)}
+
+    monkeypatch.setattr(server_app, "load_task", lambda name: replace(task, evaluate=evaluate))
+    found = federate(tiny_config(tmp_path / "run", personal__epochs=0, samples__count=0))
+    assert found["rounds"][0]["metrics"] == {"word_perplexity": 200.0} and "not_finite" not in found["rounds"][0]
+    assert found["rounds"][1]["metrics"] is None and found["rounds"][1]["not_finite"] == ["word_perplexity"]
+    assert found["final"]["metrics"] is None and found["final"]["source"] == "server"
+    assert [sign.partition(":")[0] for sign in found["signs"]] == ["divergence"]
+    assert (tmp_path / "run" / "global" / "README.md").exists()
 
 
 def test_a_server_without_data_has_the_clients_figures(tmp_path: Path) -> None:

@@ -526,7 +526,7 @@ def test_a_shared_half_that_diverges_is_not_hidden_by_the_personal_one(
 ) -> None:
     """Ditto's own adapter has the keys of the shared one: kept, the NaN would end every later round of this client."""
     folder = tmp_path / "run"
-    config = tiny_config(folder, method="ditto", personal__epochs=0, samples__count=0)
+    config = tiny_config(folder, method="ditto", personal__max_steps=1, samples__count=0)
     diverging = round_plan(Settings.from_run_config(config), ROUND, CULPRIT, torch.float32)
     train = training.train
 

@@ -15,7 +15,7 @@ from helpers import RecordingGrid, client_states, command, federate, run_argumen
 from safetensors.torch import load_file
 
 from fedgen_app.federation.client import load_method
-from fedgen_app.learning import adapters
+from fedgen_app.learning import adapters, training
 from fedgen_app.learning.adapters import digest
 from fedgen_app.settings import Value, plugins
 
@@ -76,7 +76,7 @@ class Backwards(RecordingGrid):
 
 
 GUARDS: list[dict[str, Value]] = [
-    {"aggregation__robust": "multi-krum"},
+    {"aggregation__robust": "norm-bound"},
     {"aggregation__robust": "geometric-median"},
     {"aggregation__robust": "factor-trimmed-mean"},
     {"aggregation__layer_wise": True},
@@ -171,11 +171,29 @@ def test_an_export_with_a_residual_is_what_was_measured(tmp_path: Path) -> None:
         assert all(0 <= entry["discarded_energy"] < 1 for entry in found["rounds"])
 
 
-def test_centralised_training_takes_everyones_steps_on_everyones_data(tmp_path: Path) -> None:
-    found = federate(config(tmp_path / "run", "centralized", num_server_rounds=1, fraction_train=1.0))
+def test_centralised_training_takes_everyones_steps_on_everyones_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, learned = training.train, []
+
+    def watched(model: Any, loss: Any, rows: Any, plan: training.Plan, **rest: Any) -> Any:
+        learned.append((len(rows), training.planned_steps(len(rows), plan)))
+        return train(model, loss, rows, plan, **rest)
+
+    monkeypatch.setattr(training, "train", watched)
+    few: dict[str, Value] = {"num_server_rounds": 1, "fraction_train": 1.0, "max_steps": 2}
+    federate(config(tmp_path / "federated", "fedgen-edge", **few))
+    apart = learned[:3]
+    assert {steps for _, steps in apart} == {2}
+    learned.clear()
+    found = federate(config(tmp_path / "run", "centralized", **few))
     (entry,) = found["rounds"]
+    rows = sum(rows for rows, _ in apart)
+    assert rows - 2 <= learned[0][0] <= rows, "the texts in a row: only the last row of all may be padded"
+    assert learned[0][1] == 6
     assert len(entry["clients"]) == 1
     assert {e["client"] for e in found["personal"]} == {0, 1, 2}
+    assert learned[1:4] and sorted(rows for rows, _ in learned[1:4]) == sorted(rows for rows, _ in apart)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +202,9 @@ def test_centralised_training_takes_everyones_steps_on_everyones_data(tmp_path: 
         ({"method": "local-only", "aggregation.robust": "krum"}, "aggregation.robust = 'krum'"),
         ({"aggregation.robust": "krum"}, "needs 2f + 3"),
         ({"method": "scaffold", "aggregation.layer-wise": "true"}, "aggregation.layer-wise = true"),
+        ({"method": "fedsa-lora", "aggregation.layer-wise": "true"}, "the server knows no product"),
+        ({"method": "centralized", "aggregation.layer-wise": "true"}, "there is one client"),
+        ({"method": "ditto", "personal.epochs": "0"}, "personal.epochs = 0: method = ditto"),
         ({"method": "local-only", "lora.init": "START"}, "lora.init = "),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fedgen_app.runs import report
 from fedgen_app.runs.signs import signs
 
 Figures = Sequence[float]
@@ -35,6 +36,18 @@ STEADY = [(3650.0, 3182.0, 2965.0, 2835.0, 2784.0), (105.2, 92.0, 92.9, 86.1, 83
 @pytest.mark.parametrize("values", STEADY)
 def test_a_run_that_converges_is_steady(values: Figures) -> None:
     assert signs(results(rounds=values)) == []
+
+
+def test_a_run_that_diverged_says_so_and_shows_no_figure_of_before() -> None:
+    found = results(rounds=(3650.0, 3182.0, 2965.0), metric="word_perplexity")
+    found["rounds"].append({"round": 4, "metrics": None, "not_finite": ["word_perplexity"]})
+    more = {"clients": [0], "admitted_bytes": 8}
+    found |= {"rounds": [entry | more for entry in found["rounds"]], "backbone": {"bytes": 80}}
+    found["final"] = report.final(found)
+    assert found["final"]["source"] == "server" and found["final"]["metrics"] is None
+    (line,) = signs(found)
+    assert line.startswith("divergence: not a finite number after round 4: word perplexity;")
+    assert report.table(found)[1][1][1] == "-"
 
 
 def test_a_metric_that_swings_is_unstable() -> None:

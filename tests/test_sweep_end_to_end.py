@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import FEDGEN, command, events, results, tiny_overrides, write_records
+from helpers import FEDGEN, Ended, command, events, results, tiny_overrides, write_records
 
 from fedgen_app.cli import reproduce
 from fedgen_app.settings import Value, plugins
@@ -124,18 +125,20 @@ def test_a_backbone_is_prepared_once_and_again_where_its_step_changed(tmp_path: 
     )
     model, output = tiny_overrides(Path())["backbone"], tmp_path / "out"
 
-    def run(mark: str) -> None:
+    def run(mark: str) -> Ended:
         arguments = json.dumps({"source": model, "mark": mark}).replace('":', '" =')
         tail = f'[prepare.copy]\nscript = "make.py"\narguments = {arguments}'
         file = write_sweep(tmp_path / "s.toml", tail, num_server_rounds=1, backbone="prepared:copy")
-        ended = command("sweep", file, "--output", output)
-        assert ended.status == 0, ended.err
+        return command("sweep", file, "--output", output)
 
-    run("a")
+    assert run("a").status == 0
     assert results(output / "runs" / "seed-0")["backbone"]["name"] == "copy"
-    run("a")
+    assert run("a").status == 0
     assert (tmp_path / "made").read_text() == "a"
-    run("b")
+    ended = run("b")
+    assert ended.status == 2 and "stands on another [prepare.copy]" in ended.err, ended.err
+    shutil.rmtree(output / "runs")
+    assert run("b").status == 0
     assert (tmp_path / "made").read_text() == "ab"
 
 

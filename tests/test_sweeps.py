@@ -156,6 +156,49 @@ def test_a_prepared_backbone_becomes_a_folder_of_the_output(tmp_path: Path) -> N
     assert list(found.steps) == ["one"] and found.steps["one"].script == str(tmp_path / "make.py")
 
 
+def test_a_step_brings_those_that_it_builds_on(tmp_path: Path) -> None:
+    text = """
+    clients = 2
+    [set]
+    backbone = "prepared:second"
+    [prepare.second]
+    call = "a:b"
+    arguments = { start = "prepared:first" }
+    [prepare.first]
+    call = "a:c"
+    arguments = { strength = 0.1 }
+    """
+    found = plan(text, tmp_path)
+    assert list(found.steps) == ["first", "second"]
+    before, after = (runner.recipes(plan(t, tmp_path), tmp_path) for t in (text, text.replace("0.1", "0.2")))
+    assert before["second"]["step"] == after["second"]["step"], "the folder's name is the same"
+    assert before["second"] != after["second"]
+    for wrong, told in (("prepared:second", "builds on itself"), ("prepared:zero", r"there is no \[prepare.zero\]")):
+        with pytest.raises(SettingsError, match=told):
+            plan(text.replace("prepared:first", wrong), tmp_path)
+
+
+def test_runs_that_stand_on_a_step_that_changed_are_not_taken_for_these(tmp_path: Path) -> None:
+    text = 'clients = 2\n[set]\nbackbone = "prepared:one"\n[prepare.one]\ncall = "a:b"\narguments = { strength = 0.1 }'
+    sweep, output = plan(text, tmp_path), tmp_path / "out"
+    folder = runner.folder_of(output, sweep.runs[0])
+    folder.mkdir(parents=True)
+    (folder / "launch.json").write_text(json.dumps({"run_config": sweep.runs[0].settings}))
+    runner.check_folders(sweep, output, STANDARD)
+    runner.note_of(output, "one").parent.mkdir()
+    runner.note_of(output, "one").write_text(json.dumps(runner.recipes(sweep, output)["one"]))
+    runner.check_folders(sweep, output, STANDARD)
+    with pytest.raises(SettingsError, match=r"stands on another \[prepare.one\]"):
+        runner.check_folders(plan(text.replace("0.1", "0.9"), tmp_path), output, STANDARD)
+
+
+def test_a_preset_has_no_seed_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("expected-clients = 2\nseed = 7\n")
+    for text in ('preset = "mine.toml"', 'clients = 2\n[variants.a]\npreset = "mine.toml"'):
+        with pytest.raises(SettingsError, match="preset 'mine.toml' has seed = 7"):
+            plan(text, tmp_path)
+
+
 @pytest.mark.parametrize("scale", Scale)
 @pytest.mark.parametrize("name", reproduce.names())
 def test_every_study_is_valid_at_every_scale(name: str, scale: Scale) -> None:
@@ -214,6 +257,7 @@ clients = 2
 [variants.a]
 [variants.b]
 [variants.own]
+method = "local-only"
 [grid]
 seed = [0, 1, 2]
 [target]
@@ -270,6 +314,43 @@ def test_server_and_clients_never_share_a_column(sweep: Sweep, rows: list[Row]) 
     assert own[at["word perplexity, clients' hold-outs, personal"]] == "75 ± 5"
     assert own[at["rounds to word_perplexity 100".replace("_", " ")]] == "not measured"
     assert any("No global model on the server's test set: own" in line for line in markdown.notes(sweep, rows))
+
+
+def test_a_client_s_own_model_is_no_rival_of_global_ones(sweep: Sweep) -> None:
+    seeds = {name: [results([n + i, n + i], n + i) for i in range(3)] for name, n in (("a", 100), ("b", 200))}
+    own = [results([float(i), float(i)], float(i), source="clients") for i in range(3)]
+    lines = markdown.table_of(sweep, gathered(sweep, {**seeds, "own": own}))
+    at = {name: number for number, name in enumerate(cells(lines, "variant"))}
+    shared, personal = (at[f"word perplexity, clients' hold-outs, {state}"] for state in ("global", "personal"))
+    assert cells(lines, "a")[shared].startswith("**") and not cells(lines, "own")[shared].startswith("**")
+    assert cells(lines, "own")[personal].startswith("**")
+
+
+def test_seeds_that_diverged_are_counted_and_never_win(sweep: Sweep) -> None:
+    wild = results([90.0, 80.0], 70.0)
+    wild["rounds"][-1] |= {"metrics": None, "not_finite": ["word_perplexity"]}
+    wild["final"]["metrics"] = None
+    seeds = {"a": [results([1.0, 1.0], 1.0), results([2.0, 2.0], 1.0), wild], "b": [results([50.0, 50.0], 1.0)] * 3}
+    lines = markdown.table_of(sweep, gathered(sweep, {**seeds, "own": [None] * 3}))
+    assert cells(lines, "a")[1] == "1.5 ± 0.7071 (2 of 3 seeds)"
+
+
+def test_the_set_up_names_what_the_file_sets() -> None:
+    told = dict(
+        markdown.setup(plan("clients = 2\n[set]\nlora.rslora = true\n[variants.a]\npartition.max-examples = 3"))
+    )
+    assert told["lora.rslora"] == "true" and told["partition.max-examples"] == "3"
+
+
+def test_centralised_training_has_no_uplink_to_compare(tmp_path: Path) -> None:
+    file = 'clients = 2\n[grid]\nmethod = ["fedgen-edge", "centralized"]'
+    sweep = plan(file)
+    rows = rows_of([records.read(run, results([3.0, 2.0], 1.0), None) for run in sweep.runs])
+    lines = markdown.table_of(sweep, rows)
+    at = cells(lines, "method").index("uplink in all")
+    assert cells(lines, "fedgen-edge")[at] == "2.0 kB" and cells(lines, "centralized")[at] == "–"
+    assert [one.curve.uplink for row in rows for one in row.done if one.curve] == [(1000, 2000), ()]
+    assert len(plots.draw(sweep, rows, tmp_path)) == 3
 
 
 def test_the_target_is_a_number_only_where_every_seed_got_there(sweep: Sweep, rows: list[Row]) -> None:

@@ -86,6 +86,11 @@ def check_method(settings: Settings) -> Method:
             f"aggregation.layer-wise = true: aggregation.robust = {settings.aggregation.robust!r} leaves one update, "
             "which agrees with itself; take one of the two"
         )
+    if not settings.personal.epochs and method.personal is not fine_tune:
+        objections.append(
+            f"personal.epochs = 0: method = {settings.method} trains a personal adapter in every round, which nobody "
+            "would measure or keep; use 1 or more"
+        )
     if settings.lora.init and (method.sends is not whole_adapter or method.weights == "model"):
         objections.append(
             f"lora.init = {settings.lora.init!r}: with method = {settings.method} clients do not start from an adapter "

@@ -42,21 +42,26 @@ SMOOTHING = 1e-6
 MOST_STEPS, STANDSTILL = 1000, 1e-12
 
 
-def only(*allowed: str, because: str) -> Callable[[Settings], Iterable[str]]:
-    """For ``Method.refuses``: the method can have these rules beside it and no others."""
+def only(*allowed: str, because: str, layer_wise: bool = True) -> Callable[[Settings], Iterable[str]]:
+    """For ``Method.refuses``: the method can have these rules beside it and no others, and weights by layer or not."""
 
     def objections(settings: Settings) -> Iterable[str]:
         name = settings.aggregation.robust
         if name not in ("none", *allowed):
             fitting = ", ".join(("none", *allowed))
             yield f"aggregation.robust = {name!r}: method = {settings.method} takes {fitting}, because {because}"
+        if settings.aggregation.layer_wise and not layer_wise:
+            yield f"aggregation.layer-wise = true: method = {settings.method} cannot have it, because {because}"
 
     return objections
 
 
 def attackers(aggregation: AggregationSettings, clients: int) -> int:
-    """f, how many of so many clients are taken for attackers: floor(aggregation.attackers * clients)."""
-    return math.floor(aggregation.attackers * clients + 1e-9)  # 0.29 * 100 is 28.999...
+    """f, how many of so many clients are taken for attackers: floor(aggregation.attackers * clients), at least one.
+
+    With none, multi-Krum would keep everyone and the trimmed mean trim nobody: no guard at all.
+    """
+    return max(1, math.floor(aggregation.attackers * clients + 1e-9))  # 0.29 * 100 is 28.999...
 
 
 def objection(aggregation: AggregationSettings, clients: int) -> str | None:

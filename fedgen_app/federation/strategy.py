@@ -160,6 +160,7 @@ class FedLora(Strategy):
                 return
             wrong = [name for name, value in measured.items() if isinstance(value, float) and not math.isfinite(value)]
             if wrong:
+                entry["not_finite"] = sorted(wrong)  # else the figures of the round before would stand for the run
                 self.report("not-finite", round=entry["round"], metrics=sorted(wrong))
             else:
                 entry["metrics"] = dict(measured)

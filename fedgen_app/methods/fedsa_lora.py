@@ -24,5 +24,7 @@ METHOD = Method(
     sends=factors_a,
     shares=is_a,
     has_global=False,
-    refuses=only(*FACTOR_RULES, because="B never leaves a client, so that the server knows no product"),
+    refuses=only(
+        *FACTOR_RULES, because="B never leaves a client, so that the server knows no product", layer_wise=False
+    ),
 )

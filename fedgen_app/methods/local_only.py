@@ -28,5 +28,5 @@ METHOD = Method(
     shares=is_shared,
     fit=fit,
     has_global=False,
-    refuses=only(because="there is nothing to aggregate"),
+    refuses=only(because="there is nothing to aggregate", layer_wise=False),
 )

@@ -84,19 +84,19 @@ def measured_by(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def final(results: Mapping[str, Any]) -> dict[str, Any]:
     """The ``final`` entry: metrics and their source, the personal means and over how many clients, what was sent.
 
-    The uplink per client and round is the mean over all admitted replies of the run.
+    The metrics are those of the last round that was measured: None where they were not finite there. The uplink per
+    client and round is the mean over all admitted replies of the run.
     """
     rounds, personal = results["rounds"], results["personal"]
-    measured = next((r["metrics"] for r in reversed(rounds) if r["metrics"] is not None), None)
+    last = next((r for r in reversed(rounds) if r["metrics"] is not None or "not_finite" in r), None)
     means = {state: weighted(personal, state) for state in ("frozen", "global", "personal")} if personal else None
-    source = "server" if measured is not None else "clients"
     replies = sum(len(r["clients"]) for r in rounds)
     sent = sum(r["admitted_bytes"] for r in rounds)
     uplink = round(sent / replies) if replies else None
     full = results["backbone"]["bytes"]
     return {
-        "metrics": measured if measured is not None else means["global"] if means else None,
-        "source": source,
+        "metrics": last["metrics"] if last else means["global"] if means else None,
+        "source": "server" if last else "clients",
         "personal": means,
         "personal_clients": measured_by(personal),
         "uplink_bytes_per_client_round": uplink,
@@ -202,7 +202,7 @@ def table(results: Mapping[str, Any]) -> tuple[tuple[str, str], list[tuple[str, 
     done = results["final"] or {}
     means = done.get("personal") or {}
     by_server = done.get("source") == "server"
-    metric = headline(done.get("metrics") if by_server else results["frozen"])
+    metric = headline((done.get("metrics") if by_server else None) or results["frozen"])
     # What every client measured comes before what few of them did.
     clients = done.get("personal_clients") or {}
     most = max(clients.values(), default=0)

@@ -1,4 +1,6 @@
-"""Signs of failure that the FedGen-Edge paper names (arXiv 2511.11585), read from results.json; one line each.
+"""Signs of failure: divergence, and those that the FedGen-Edge paper names (arXiv 2511.11585); one line each.
+
+They are read from results.json.
 
 Each line says what was seen and what to do about it, as "<sign>: <what>; <what to do>".
 """
@@ -24,8 +26,21 @@ HALF = 0.5
 
 
 def signs(results: Mapping[str, Any]) -> list[str]:
-    """All signs of failure in a finished run, in the order of the paper; [] where there is none."""
-    return [*unstable(results), *personal_worse(results), *collapsed(results)]
+    """All signs of failure in a finished run, the paper's in its order; [] where there is none."""
+    return [*diverged(results), *unstable(results), *personal_worse(results), *collapsed(results)]
+
+
+def diverged(results: Mapping[str, Any]) -> list[str]:
+    """What was measured on the server's test set was no finite number."""
+    wrong = [entry for entry in results["rounds"] if entry.get("not_finite")]
+    if not wrong:
+        return []
+    names = ", ".join(_words(name) for name in wrong[-1]["not_finite"])
+    rounds = ", ".join(str(entry["round"]) for entry in wrong)
+    return [
+        f"divergence: not a finite number after round {rounds}: {names}; a smaller learning-rate or clip-norm, from a "
+        "checkpoint before it"
+    ]
 
 
 def unstable(results: Mapping[str, Any]) -> list[str]:

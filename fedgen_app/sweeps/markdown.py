@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from fedgen_app.files import write_atomic
 from fedgen_app.runs import report
 from fedgen_app.settings import Value
@@ -15,7 +17,6 @@ from fedgen_app.sweeps.plan import Sweep, shown
 from fedgen_app.sweeps.records import BY_CLASS, STATES, Row, Spread, spread
 from fedgen_app.sweeps.spec import VARIANT
 
-BOUNDS = ("centralized",)  # an upper bound and no competitor: never the best of a column
 SETUP = (
     *("task", "method", "backbone", "dataset", "expected-clients", "partition.by", "partition.alpha"),
     *("num-server-rounds", "fraction-train", "local-epochs", "max-steps", "batch-size", "learning-rate"),
@@ -92,9 +93,9 @@ def _titled(axis: str, value: Value) -> str:
 
 
 def setup(sweep: Sweep) -> list[tuple[str, str]]:
-    """The settings that a reader must know; all values of those that are no axis and still differ."""
+    """What a reader must know, and all that the file itself sets; all values of those that are no axis and differ."""
     told = []
-    for key in SETUP:
+    for key in dict.fromkeys((*SETUP, *sweep.named)):
         values = list(dict.fromkeys(shown(run.settings[key]) for run in sweep.runs))
         if key not in sweep.axes:
             told.append((key, " or ".join(Path(v).name if v.startswith("/") else v or '""' for v in values)))
@@ -204,7 +205,10 @@ def table_of(sweep: Sweep, part: Sequence[Row]) -> list[str]:
             lines.append("| " + " | ".join(cells) + " |")
         cells = [_escaped(shown(row.point[axis])) for axis in sweep.rows]
         for name, _, unit in wanted:
-            cell = plus_minus(row.spread(name), WRITERS[unit])
+            found = row.spread(name)
+            cell = plus_minus(found, WRITERS[unit])
+            if found and found.count < len(row.done):  # the others diverged, say: a mean of those that did not
+                cell += f" ({found.count} of {len(row.done)} seeds)"
             cells.append(f"**{cell}**" if best.get(name) == id(row) else cell)
         if sweep.target:
             said, reached = row.target()
@@ -219,8 +223,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _best(part: Sequence[Row], name: str) -> int | None:
-    racing = {id(row): row.spread(name) for row in part if row.records[0].run.settings["method"] not in BOUNDS}
-    return best_of({row: found for row, found in racing.items() if found is not None})
+    local = name.startswith("clients_global_")  # without a global model, what stands there is each client's own
+    racing = {
+        id(row): row.spread(name) for row in part if not row.method.pooled and (row.method.has_global or not local)
+    }
+    done = {id(row): len(row.done) for row in part}
+    return best_of({row: found for row, found in racing.items() if found and found.count == done[row]})
 
 
 def _heading(axis: str) -> str:
@@ -275,10 +283,20 @@ def machine(jobs: int, threads: int) -> str:
     parts = [
         platform.system(),
         platform.machine(),
-        f"{os.cpu_count()} cores",
+        f"{os.cpu_count()} cores{processor()}",
+        *([torch.cuda.get_device_name()] if torch.cuda.is_available() else []),
         f"{jobs} run{'s' * (jobs > 1)} at a time",
     ]
     return ", ".join([*parts, f"{threads} thread{'s' * (threads > 1)} each", f"torch {version('torch')}"])
+
+
+def processor() -> str:
+    """The processor's name in brackets, where the system tells it."""
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text(encoding="utf-8").splitlines() if names.exists() else []
+    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    name = found or platform.processor()
+    return f" ({name})" if name else ""
 
 
 def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
@@ -288,7 +306,8 @@ def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         "adapter's start and what is drawn. One seed has no deviation.",
         "- Bold: the lowest mean of a column, where no other row comes within one standard deviation of both. "
         "`centralized` is a bound and does not compete.",
-        "- Uplink counts every reply that arrived. Seconds are those of the rounds, without what is measured around "
+        "- Uplink counts every reply that arrived; what centralised training would have to send, the data, is not "
+        "known. Seconds are those of the rounds, without what is measured around "
         "them.",
     ]
     if sweep.target:
@@ -302,11 +321,12 @@ def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
             "test set it is the mean of the clusters. The Rand index compares the clusters with what the clients own: "
             "1 is the truth, 0 is chance."
         )
-    own = [row for row in rows if any(record.source == "clients" for record in row.done)]
+    own = [row for row in rows if row.done and not row.method.has_global]
     if own:
         names = ", ".join(dict.fromkeys(point_name(sweep, row) for row in own))
         said.append(
-            f"- No global model on the server's test set: {names}. Their figures stand in the clients' columns alone."
+            f"- No global model on the server's test set: {names}. Their figures stand in the clients' columns alone, "
+            "and `global` there is each client's own model before the last fine-tuning: no competitor of the others'."
         )
     return said
 

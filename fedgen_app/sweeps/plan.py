@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +38,9 @@ class Sweep:
     Attributes:
         axes: The values on every axis but the seed, in the file's order.
         rows: The axes that make the rows of a table; each combination of the others gets a table of its own.
-        steps: Preparation steps by the name of the folder that they make, those that some run needs.
+        steps: Preparation steps by the name of the folder that they make, those that some run needs, in an order in
+            which they can be carried out.
+        named: Settings that the file itself gives, beside its preset and the axes.
     """
 
     title: str
@@ -48,6 +50,7 @@ class Sweep:
     runs: tuple[Run, ...]
     target: Target | None = None
     steps: dict[str, Step] = field(default_factory=dict)
+    named: tuple[str, ...] = ()
 
 
 def shown(value: Value) -> str:
@@ -100,11 +103,35 @@ def expand(
         raise SettingsError("\n".join(f"{source}: {line} (in run {name})" for line, name in mistakes.items()))
     steps = {
         name: step if not step.script else step.model_copy(update={"script": str(source.parent / step.script)})
-        for name, step in file.prepare.items()
-        if f"{PREPARED}{name}" in used
+        for name, step in _needed(file, used).items()
     }
     rows = tuple(file.rows or axes)
-    return Sweep(file.title or source.stem, file.engine, axes, rows, _unique(runs), file.target, steps)
+    given = (*file.set, *(key for variant in file.variants.values() for key in variant if key != "preset"))
+    named = tuple(dict.fromkeys(key for key in given if key not in axes))
+    return Sweep(file.title or source.stem, file.engine, axes, rows, _unique(runs), file.target, steps, named)
+
+
+def _needed(file: SweepFile, used: Collection[Value]) -> dict[str, Step]:
+    """The steps that runs name, each behind those that its own arguments name.
+
+    Raises:
+        SettingsError: a step builds on one that is not there, or in the end on itself.
+    """
+    needed: dict[str, Step] = {}
+
+    def add(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            raise SettingsError(f"[prepare.{name}] builds on itself: {' <- '.join((*above, name))}")
+        if name not in file.prepare:
+            raise SettingsError(f"[prepare.{above[-1]}] builds on {PREPARED}{name}: there is no [prepare.{name}]")
+        for other in file.prepare[name].builds_on:
+            add(other, (*above, name))
+        needed[name] = file.prepare[name]
+
+    for name in file.prepare:
+        if f"{PREPARED}{name}" in used:
+            add(name, ())
+    return needed
 
 
 def _axes(file: SweepFile) -> dict[str, tuple[Value, ...]]:
@@ -119,7 +146,12 @@ def _overrides(file: SweepFile, point: Mapping[str, Value], source: Path, load_p
     merged: dict[str, Value] = {}
     for name in presets:
         beside = source.parent / name
-        merged |= load_preset(str(beside) if beside.is_file() else name)
+        loaded = load_preset(str(beside) if beside.is_file() else name)
+        if SEED in loaded:
+            raise SettingsError(
+                f"preset {name!r} has {SEED} = {loaded[SEED]!r}: a sweep's seeds are those of grid.seed"
+            )
+        merged |= loaded
     if file.clients:
         merged["expected-clients"] = file.clients
     return merged | file.set | variant | {key: value for key, value in point.items() if key != VARIANT}

@@ -77,11 +77,13 @@ def _courses(sweep: Sweep, title: str, part: Sequence[Row], output: Path, mark: 
         return []
     metric = next(record.curve.metric for row in shown_rows for record in row.done if record.curve)
     made = []
-    most = max(record.curve.uplink[-1] for row in shown_rows for record in row.done if record.curve)
+    most = max((n for row in shown_rows for r in row.done if r.curve for n in r.curve.uplink[-1:]), default=0)
     unit, factor = next((unit for unit in UNITS if most >= unit[1]), UNITS[-1])  # nothing is sent up by some methods
     for against, label in (("rounds", "round"), ("bytes", f"{unit} sent up in all")):
         figure, (axes,) = _canvas()
         for number, row in enumerate(shown_rows):
+            if against == "bytes" and row.method.pooled:
+                continue
             _course(axes, row, metric, 0 if against == "rounds" else factor, number, point_name(sweep, row, sweep.rows))
         frozen = [r.figures[f"server_frozen_{metric}"] for row in part for r in row.done if r.source == "server"]
         if frozen and max(frozen) <= 1.001 * min(frozen):
@@ -104,8 +106,10 @@ def _course(axes: Axes, row: Row, metric: str, factor: int, number: int, label: 
         return
     at = [[curve.rounds.index(n) for n in rounds] for curve in curves]
     found = [spread([c.values[p[i]] for c, p in zip(curves, at, strict=True)]) for i in range(len(rounds))]
-    sent = [spread([float(c.uplink[p[i]]) for c, p in zip(curves, at, strict=True)]) for i in range(len(rounds))]
-    x = [one.mean / factor for one in sent] if factor else [float(n) for n in rounds]
+    x = [float(n) for n in rounds]
+    if factor:
+        sent = [spread([float(c.uplink[p[i]]) for c, p in zip(curves, at, strict=True)]) for i in range(len(rounds))]
+        x = [one.mean / factor for one in sent]
     y, wide = [one.mean for one in found], [one.deviation or 0.0 for one in found]
     colour = _colour(number)
     axes.plot(x, y, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4, label=_plain(label))
@@ -175,7 +179,8 @@ def _number(value: Value) -> float:
 
 def _gains(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, str]]:
     """What each client's personal adapter gains over the global one, against the examples that it trains on."""
-    there = [row for row in rows if any(record.clients for record in row.done)][:LINES]
+    there = [row for row in rows if any(record.clients for record in row.done)]
+    left_out, there = len(there[LINES:]), there[:LINES]
     if not there:
         return []
     figure, (axes,) = _canvas()
@@ -189,4 +194,5 @@ def _gains(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, s
     axes.set_xlabel("training examples of a client (of texts: rows)")
     axes.set_ylabel("personal gain over global, %")
     _save(figure, axes, output / "personal-gain.png", len(there))
-    return [("gain of each client's personal adapter against its training examples", "personal-gain.png")]
+    title = "gain of each client's personal adapter against its training examples"
+    return [(title + (f", without the last {left_out} rows" if left_out else ""), "personal-gain.png")]

@@ -7,13 +7,16 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedgen_app.runs import report
 from fedgen_app.settings import Value
 from fedgen_app.sweeps.plan import Run, Sweep
 from fedgen_app.sweeps.runner import folder_of, status_of
 from fedgen_app.sweeps.spec import Target
+
+if TYPE_CHECKING:
+    from fedgen_app.federation.method import Method
 
 STATES = ("frozen", "global", "personal")
 NOT_REACHED = "not reached"
@@ -22,7 +25,10 @@ BY_CLASS = "kid_of_"  # in front of a class
 
 @dataclass(frozen=True)
 class Curve:
-    """The headline metric on the server's test set: rounds, all bytes sent up until then, and the values."""
+    """The headline metric on the server's test set: rounds, all bytes sent up until then, and the values.
+
+    No bytes where the method is no federation: its clients' data would have been sent.
+    """
 
     metric: str
     rounds: tuple[int, ...]
@@ -89,11 +95,13 @@ def read(run: Run, results: Mapping[str, Any], target: Target | None) -> Record:
     entries = _gains(results["personal"], measure)
     if measure:
         figures["personal_gain"] = 1 - means["personal"][measure] / means["global"][measure]
-    if final["uplink_bytes_per_client_round"] is not None:
+    federated = not method_of(run).pooled
+    if federated and final["uplink_bytes_per_client_round"] is not None:
         figures["uplink_bytes_per_client_round"] = final["uplink_bytes_per_client_round"]
-    figures["uplink_bytes"] = sum(entry["uplink_bytes"] for entry in results["rounds"])
+    if federated:
+        figures["uplink_bytes"] = sum(entry["uplink_bytes"] for entry in results["rounds"])
     figures["seconds"] = sum(entry["seconds"] for entry in results["rounds"])
-    curve = _curve(results)
+    curve = _curve(results, federated)
     reached = None
     if target and curve:
         arrived = _first(results, target)
@@ -139,7 +147,14 @@ def _gains(entries: Sequence[Mapping[str, Any]], metric: str) -> tuple[tuple[int
     return tuple((int(e["examples"]), 1 - e["personal"][metric] / e["global"][metric]) for e in both)
 
 
-def _curve(results: Mapping[str, Any]) -> Curve | None:
+def method_of(run: Run) -> Method:
+    """The method that a run is made with."""
+    from fedgen_app.federation.client import load_method
+
+    return load_method(str(run.settings["method"]))
+
+
+def _curve(results: Mapping[str, Any], federated: bool) -> Curve | None:
     measured = [entry for entry in results["rounds"] if entry["metrics"]]
     if not measured:
         return None
@@ -150,7 +165,8 @@ def _curve(results: Mapping[str, Any]) -> Curve | None:
         uplink[entry["round"]] = sent
     kept = [entry for entry in measured if metric in entry["metrics"]]
     numbers = tuple(entry["round"] for entry in kept)
-    return Curve(metric, numbers, tuple(uplink[n] for n in numbers), tuple(entry["metrics"][metric] for entry in kept))
+    sums = tuple(uplink[n] for n in numbers) if federated else ()
+    return Curve(metric, numbers, sums, tuple(entry["metrics"][metric] for entry in kept))
 
 
 def _first(results: Mapping[str, Any], target: Target) -> int | None:
@@ -182,6 +198,11 @@ class Row:
 
     point: dict[str, Value]
     records: tuple[Record, ...]
+
+    @property
+    def method(self) -> Method:
+        """What its runs are made with."""
+        return method_of(self.records[0].run)
 
     @property
     def done(self) -> list[Record]:

@@ -54,13 +54,19 @@ def check_folders(sweep: Sweep, output: Path, defaults: Mapping[str, Value]) -> 
     """Nobody may take runs with other settings for those of this sweep.
 
     Raises:
-        SettingsError: names every setting in which a run that is there differs from the file.
+        SettingsError: names every setting in which a run that is there differs from the file, and every preparation
+            step that has changed since.
     """
     mistakes = []
+    made = recipes(sweep, output)
     for run in sweep.runs:
         file = folder_of(output, run) / "launch.json"
         if not file.exists():
             continue
+        for name in {Path(str(run.settings[key])).name for key in run.prepared}:
+            note = note_of(output, name)
+            if note.exists() and json.loads(note.read_text(encoding="utf-8")) != made[name]:
+                mistakes.append(f"{file.parent}: stands on another [prepare.{name}] than the file's")
         try:
             before = dict(defaults) | json.loads(file.read_text(encoding="utf-8"))["run_config"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -87,15 +93,14 @@ def prepare(sweep: Sweep, output: Path, threads: int, show: Show) -> None:
     Raises:
         RunError: a step failed; its last line is the reason.
     """
-    for name, step in sweep.steps.items():
-        folder, note = output / "prepared" / name, output / "prepared" / f"{name}.json"
-        wanted = _with_folders(step, output).model_dump()
+    for name, wanted in recipes(sweep, output).items():
+        folder, note = output / "prepared" / name, note_of(output, name)
         if folder.is_dir() and note.exists() and json.loads(note.read_text(encoding="utf-8")) == wanted:
             continue
         note.unlink(missing_ok=True)
         show(name, {"event": "preparing"})
         log_file = log_of(output, f"prepare-{name}")
-        process = child.start([child.PREPARE, str(folder), json.dumps(wanted)], log_file, threads)
+        process = child.start([child.PREPARE, str(folder), json.dumps(wanted["step"])], log_file, threads)
         try:
             while process.poll() is None:
                 time.sleep(TICK)
@@ -105,6 +110,22 @@ def prepare(sweep: Sweep, output: Path, threads: int, show: Show) -> None:
             raise RunError(f"preparation {name} failed: {reason_of(process.returncode, log_file)}")
         write_atomic(note, to_json(wanted))
         show(name, {"event": "prepared"})
+
+
+def note_of(output: Path, name: str) -> Path:
+    """Where it is written down how a prepared folder was made."""
+    return output / "prepared" / f"{name}.json"
+
+
+def recipes(sweep: Sweep, output: Path) -> dict[str, dict[str, Any]]:
+    """How each prepared folder is made, with how those are made that it builds on: what is other is made anew."""
+    made: dict[str, dict[str, Any]] = {}
+    for name, step in sweep.steps.items():
+        made[name] = {
+            "step": _with_folders(step, output).model_dump(),
+            "on": {other: made[other] for other in step.builds_on},
+        }
+    return made
 
 
 def _with_folders(step: Step, output: Path) -> Step:

@@ -41,6 +41,12 @@ class Step(_Table):
     script: str = ""
     arguments: dict[str, Any] = {}
 
+    @property
+    def builds_on(self) -> list[str]:
+        """The steps whose folders are among its arguments."""
+        texts = [value for value in self.arguments.values() if isinstance(value, str)]
+        return [text.removeprefix(PREPARED) for text in texts if text.startswith(PREPARED)]
+
     @model_validator(mode="after")
     def _one_of_both(self) -> Step:
         if bool(self.call) == bool(self.script):
