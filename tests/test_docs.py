@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 import types
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import results, run_arguments
 
 from fedgen_app.cli import presets, reproduce
 from fedgen_app.federation.client import load_method
@@ -113,6 +116,27 @@ def median(monkeypatch: pytest.MonkeyPatch) -> Iterator[Method]:
     monkeypatch.setitem(sys.modules, name, module)
     exec(compile(python_blocks(CONTRIBUTING)[0], "median.py", "exec"), module.__dict__)
     yield load_method("median")
+
+
+def test_the_example_method_runs(tmp_path: Path) -> None:
+    app = tmp_path / "app"
+    shutil.copytree(ROOT / "fedgen_app", app / "fedgen_app", ignore=shutil.ignore_patterns("__pycache__"))
+    (app / "fedgen_assets").symlink_to(ROOT / "fedgen_assets")
+    for name in ("server_app.py", "client_app.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, app)
+    (app / "fedgen_app" / "methods" / "median.py").write_text(python_blocks(CONTRIBUTING)[0], encoding="utf-8")
+    asked = run_arguments(tmp_path / "run", num_server_rounds=1, samples__count=0)
+    asked[asked.index(str(ROOT))] = str(app)
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from fedgen_app.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", code, app, *asked, "--set=method=median"],
+        cwd=app,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert results(tmp_path / "run")["method"] == "median"
 
 
 def test_the_example_method_passes_its_own_tests(median: Method) -> None:

@@ -19,8 +19,9 @@ UNET = re.compile(r"(?:^|\.)(down_blocks|mid_block|up_blocks)\.(?:(\d+)\.)?")
 NUMBERED = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|transformer_blocks|single_transformer_blocks)\.(\d+)\.")
 PARTS = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 SINGLE = "single_transformer_blocks."  # of a DiT: they follow the others
-# What lies behind the last block.
-OUTPUT = re.compile(r"(?:^|\.)(?:lm_head|embed_out|conv_out|proj_out)\.")
+# What lies behind the last block; of a GAN or VAE behind that of each half.
+HALVES = r"(?:generator|discriminator|encoder|decoder)\.(?:features|output)"
+OUTPUT = re.compile(rf"(?:^|\.)(?:lm_head|embed_out|conv_out|proj_out|{HALVES})\.")
 
 
 def block_of(key: str) -> Block | None:
