@@ -390,10 +390,9 @@ def test_fedper_keeps_the_last_blocks() -> None:
     text = [f"base_model.model.text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj" for i in range(2)]
     both = [*text, *(name.replace("base_model.model", "base_model.model.unet") for name in UNET)]
     assert personal(both, 1) == both[-2:]
-    gan = [f"base_model.model.generator.{name}" for name in ("stem", "blocks.0.conv", "blocks.1.conv", "output")]
-    gan += [
-        f"base_model.model.discriminator.{name}" for name in ("blocks.0.conv", "blocks.1.conv", "features", "output")
-    ]
+    halves = {"generator": ("stem", "blocks.0.conv", "blocks.1.conv", "output")}
+    halves["discriminator"] = ("blocks.0.conv", "blocks.1.conv", "features", "output")
+    gan = [f"base_model.model.{half}.{name}" for half, names in halves.items() for name in names]
     assert personal(gan, 1) == [*gan[2:4], *gan[5:]]
 
 
