@@ -393,6 +393,7 @@ def test_systemd_takes_the_units(made: Path, tmp_path: Path) -> None:
     assert len(units) == 5
     worker = (made / "devices" / "ward-7" / "fedgen-worker-ward-7.service").read_text()
     assert "InaccessiblePaths=/etc/fedgen/ward-7/device.key\n" in worker and "IPAddressDeny=any\n" in worker
+    assert "PrivateUsers=yes\n" in worker
     hub = again(made, FLEET.replace('backbone = "/models/smollm2"', 'backbone = "org/model"'))
     assert "ward-7.tar" in hub
     assert "IPAddressDeny" not in (made / "devices" / "ward-7" / "fedgen-worker-ward-7.service").read_text()
@@ -414,6 +415,18 @@ def test_systemd_takes_the_units(made: Path, tmp_path: Path) -> None:
             line for line in ended.stderr.splitlines() if unit.name in line and "fedgen-superlink.service" not in line
         ]
         assert mine == [], ended.stderr
+
+
+def test_another_user_namespace_keeps_the_worker_out_of_the_supernode() -> None:
+    """What PrivateUsers=yes of the worker's service rests on: the same user, and no look through /proc."""
+    if not (unshare := shutil.which("unshare")) or subprocess.run([unshare, "--user", "true"]).returncode:
+        pytest.skip("no user namespaces here")
+    with subprocess.Popen(["sleep", "60"]) as other:
+        look = ["ls", f"/proc/{other.pid}/root/etc"]
+        allowed = subprocess.run(look, capture_output=True).returncode
+        refused = subprocess.run([unshare, "--user", *look], capture_output=True).returncode
+        other.kill()
+    assert allowed == 0 and refused != 0
 
 
 def test_a_device_that_left_is_not_installed_again_from_an_older_archive(tmp_path: Path) -> None:
