@@ -463,6 +463,16 @@ def test_devices_come_and_go_and_the_others_keep_their_keys(made: Path) -> None:
     assert "install again: " + str(made / "devices" / "12") not in told
 
 
+def test_what_register_noted_in_the_servers_folder_stays(made: Path) -> None:
+    noted = {"server/registered.json": b'{"ward-7": {"node": "1", "key": "k"}}', "server/.lock": b""}
+    for name, there in (noted | {"server/old.txt": b"of an older version"}).items():
+        (made / name).write_bytes(there)
+    again(made, FLEET.replace('id = "ward-7"', 'id = "ward-8"'))
+    assert {name: content(made, name) for name in noted} == noted
+    assert not (made / "server" / "old.txt").exists()
+    assert not [name for name in members(made / "server.tar") if name.endswith(("registered.json", ".lock"))]
+
+
 def test_renewing_gives_the_server_another_certificate_that_devices_still_trust(made: Path) -> None:
     before = {name: content(made, name) for name in ("server/server.crt", "server/server.key", "ca/ca.crt")}
     device, secret = content(made, "devices/12.tar"), content(made, "server/superexec.secret")

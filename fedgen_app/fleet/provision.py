@@ -22,10 +22,12 @@ from filelock import FileLock, Timeout
 from fedgen_app.errors import LockedError, SettingsError
 from fedgen_app.files import to_json, write_atomic
 from fedgen_app.fleet import certificates, render
+from fedgen_app.fleet.registration import LOCK, RECORD
 from fedgen_app.fleet.spec import Fleet
 
 SECRET_BYTES = 48
 MARK = "fleet.json"
+KEPT = (RECORD, LOCK)  # of `fedgen register`, where that is given this folder: what the SuperLink knows is not ours
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,12 @@ def _operator(fleet: Fleet, folder: Path, ca: bytes) -> None:
 
 
 def _place(parent: Path, name: str, files: render.Files, inside: str) -> bool:
-    """A machine's folder with these files and no others, and the archive of it; whether that is another than before."""
+    """A machine's folder with these files, none of an older time, and the archive of it; whether that is another than before."""
     folder = parent / name
     for relative, file in files.items():
         _put(folder / relative, file.content, file.mode)
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and str(path.relative_to(folder)) not in files:
+        if path.is_file() and str(path.relative_to(folder)) not in (*files, *KEPT):
             path.unlink()
     return _put(parent / f"{name}.tar", render.archive(inside, files), render.SECRET)
 

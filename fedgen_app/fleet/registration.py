@@ -16,7 +16,7 @@ from fedgen_app.engines import keeper
 from fedgen_app.errors import LockedError, RunError, SettingsError
 from fedgen_app.files import to_json, write_atomic
 
-RECORD = "registered.json"
+RECORD, LOCK = "registered.json", ".lock"
 TIMEOUT = 60.0  # seconds for one answer of the SuperLink
 
 
@@ -44,7 +44,7 @@ def register(folder: Path, superlink: str, again: bool = False) -> Iterator[Chan
     if not keys:
         raise SettingsError(f"{folder}: no devices/*.pub; name the folder of the server (docs/deploy.md)")
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / LOCK, timeout=0):
             known = {} if again else _known(folder)
             marks = {device: hashlib.sha256(file.read_bytes()).hexdigest() for device, file in keys.items()}
             for device in [d for d, entry in known.items() if entry["key"] != marks.get(d)]:
