@@ -463,6 +463,16 @@ def test_devices_come_and_go_and_the_others_keep_their_keys(made: Path) -> None:
     assert "install again: " + str(made / "devices" / "12") not in told
 
 
+def test_an_authority_without_its_key_signs_nothing_and_no_other_takes_its_place(made: Path) -> None:
+    (made / "ca" / "ca.key").unlink()
+    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    assert "install again" not in again(made)  # nothing has to be signed
+    for text, options in ((FLEET, ["--renew"]), (FLEET.replace("192.0.2.7", "192.0.2.8"), [])):
+        ended = command("provision", write(made.parent, text), "--output", made, *options)
+        assert ended.status == 2 and f"{made}/ca/ca.key: is missing beside ca.crt" in ended.err
+    assert {path: path.read_bytes() for path in made.rglob("*") if path.is_file()} == before
+
+
 def test_what_register_noted_in_the_servers_folder_stays(made: Path) -> None:
     noted = {"server/registered.json": b'{"ward-7": {"node": "1", "key": "k"}}', "server/.lock": b""}
     for name, there in (noted | {"server/old.txt": b"of an older version"}).items():
