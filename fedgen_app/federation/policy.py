@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, time
 from pathlib import Path
 from typing import Annotated
@@ -137,6 +137,16 @@ class Policy(BaseModel):
             raise PolicyError(f"policy: it is {clock:%H:%M}, outside of hours")
         if self.condition is not None and not _says_yes(self.condition, self.condition_timeout):
             raise PolicyError(f"policy: {self.condition[0]} does not say yes")
+
+
+def policy_of(node_config: Mapping[str, object]) -> Policy:
+    """The policy that a node's configuration names, as its file is now; one that allows all where it names none.
+
+    Raises:
+        PolicyError: it cannot be read.
+    """
+    named = node_config.get("policy")
+    return Policy() if named is None else Policy.read(Path(str(named)).expanduser())
 
 
 def _within(clock: time, span: Span) -> bool:
