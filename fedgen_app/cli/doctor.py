@@ -42,8 +42,8 @@ def doctor(
     if node and part is not Part.DEVICE:
         raise SettingsError(f"--node {node}: is for `fedgen doctor device`")
     config = read_toml(node) if node else {}
-    wanted = (presets.load(preset) if preset else {}) | ({"task": task} if task else {}) | dict(map(assignment, set_ or []))
-    settings = Settings.from_run_config(own_defaults() | wanted)
+    wanted = (presets.load(preset) if preset else {}) | ({"task": task} if task else {})
+    settings = Settings.from_run_config(own_defaults() | wanted | dict(map(assignment, set_ or [])))
 
     from fedgen_app.fleet import doctor as looking
 

@@ -87,7 +87,7 @@ def tegra() -> bool:
 
 
 def hardware() -> Iterator[Finding]:
-    """CPU, and the GPU by a kernel that is really launched; nothing without the libraries, of which `versions` tells."""
+    """CPU, and the GPU by a kernel that is really launched; nothing where `versions` found the libraries broken."""
     if broken()[0]:
         return
     import torch

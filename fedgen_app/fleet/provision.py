@@ -189,7 +189,7 @@ def _operator(fleet: Fleet, folder: Path, ca: bytes) -> None:
 
 
 def _place(parent: Path, name: str, files: render.Files, inside: str) -> bool:
-    """A machine's folder with these files, none of an older time, and the archive of it; whether that is another now."""
+    """A machine's folder with these files and none of an older time, and its archive; whether that is another now."""
     folder = parent / name
     for relative, file in files.items():
         _put(folder / relative, file.content, file.mode)
