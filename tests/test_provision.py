@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import tomllib
 from collections.abc import Callable, Iterator
@@ -386,6 +387,34 @@ def test_install_scripts_check_their_steps(tmp_path: Path) -> None:
     assert "has fedgen-edge 0.0.1, the fleet has" in failing("--offline")
     (tmp_path / "environment" / "bin" / "python").unlink()
     assert "pip install 'fedgen-edge==" in failing("--offline")
+
+
+def test_a_device_is_told_which_file_its_user_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
+    nobody = 65534
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        folder.chmod(0o755)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text("x")
+        (folder / "config.json").chmod(0o644)
+        (folder / "model.safetensors").chmod(0o600 if os.geteuid() == 0 else 0o200)
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(nobody)
+        try:
+            assert checks.main(["readable", place]) == 1
+        finally:
+            os.seteuid(before)
+        assert f"{folder}/model.safetensors: Permission denied" in capsys.readouterr().err
+        (folder / "model.safetensors").chmod(0o644)
+        assert checks.main(["readable", place]) == 0
+
+
+def test_the_installer_lets_the_services_user_try_the_backbone(made: Path) -> None:
+    tried = 'runuser -u "$user" -- "$python" -P -m fedgen_app.fleet.checks readable "$backbone"'
+    for device, backbone in (("ward-7", "/models/smollm2"), ("12", "''")):
+        script = (made / "devices" / device / "install.sh").read_text()
+        assert f"    backbone={backbone}\n" in script and tried in script
 
 
 def test_systemd_takes_the_units(made: Path, tmp_path: Path) -> None:

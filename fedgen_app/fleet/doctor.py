@@ -179,6 +179,8 @@ def backbone_there(source: str, task: str) -> Finding:
         return Finding("backbone", True, f"{source}: {fingerprint_of(folder.resolve(), task)}")
     except FedgenError as error:
         return Finding("backbone", False, str(error), f"fedgen backbone pull URL --to {source} --key FILE --replace")
+    except OSError as error:
+        return Finding("backbone", False, f"{error.filename}: {error.strerror}", f"chmod -R a+rX {source}")
 
 
 def server(address: str, ca: Path) -> Iterator[Finding]:
