@@ -203,7 +203,10 @@ class Participant:
             PolicyError: it is not one that the device allows.
         """
         self.policy.check_source(self.backbone, self.settings.backbone)
-        backbone = open_backbone(self.settings, self.backbone, load_method(self.settings.method).weights)
+        settings = self.settings
+        if self.backbone and self.policy.backbones is not None:  # of an own hub id, too, the server chooses nothing
+            settings = settings.model_copy(update={"backbone_revision": ""})
+        backbone = open_backbone(settings, self.backbone, load_method(self.settings.method).weights)
         self.policy.check_backbone(backbone.fingerprint)
         return backbone
 

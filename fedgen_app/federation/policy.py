@@ -114,6 +114,14 @@ class Policy(BaseModel):
                 "opened; set `backbone` in the node's configuration"
             )
 
+    def check_encoder(self, own: str, wanted: str) -> None:
+        """The same of what encodes prompts: ``cluster-encoder`` of the node, and ``clusters.encoder`` of the run."""
+        if self.backbones is not None and not own and wanted not in ("backbone", "bundled"):
+            raise PolicyError(
+                f"policy: backbones are limited, and this device has no encoder of its own: the server's, {wanted!r}, "
+                "is not opened; set `cluster-encoder` in the node's configuration"
+            )
+
     def check_backbone(self, fingerprint: str) -> None:
         """Raise PolicyError where a backbone is not among the allowed."""
         if self.backbones is not None and fingerprint not in self.backbones:
