@@ -45,6 +45,10 @@ rank = 4
 memory = "4GB"
 backbone-bits = 4
 threads = 3
+prompts = "/data/wishes.txt"
+cluster-key = "/etc/fedgen/ward-7/cluster.key"
+cluster-noise = 0.05
+cluster-encoder = "/models/encoder"
 host = "pi-1.local"
 [[device]]
 id = 12
@@ -97,6 +101,10 @@ DEVICE = {
     "memory = '4 gigs'": r"device\[1\]\.memory = '4 gigs': should be bytes, or a text such as '4GB'",
     "backbone-bits = 5": r"device\[1\]\.backbone-bits = 5: should be 0, 4 or 8",
     "threads = -1": r"device\[1\]\.threads = -1: should be greater than or equal to 0",
+    "prompts = 'wishes.txt'": r"device\[1\]\.prompts = 'wishes\.txt': should be an absolute path",
+    "cluster-key = './key'": r"device\[1\]\.cluster-key = '\./key': should be an absolute path",
+    "cluster-noise = -0.1": r"device\[1\]\.cluster-noise = -0\.1: should be greater than or equal to 0",
+    "cluster-encoder = '~/e'": r"device\[1\]\.cluster-encoder = '~/e': should be an absolute path",
     "rank = -1": r"device\[1\]\.rank = -1: should be greater than or equal to 0",
     "rank = true": r"device\[1\]\.rank = True: should be a valid integer",
     "warm = 'yes'": r"device\[1\]\.warm = 'yes': should be a valid boolean",
@@ -314,6 +322,10 @@ def test_an_installed_device_starts_flower_as_flower_wants_it(tmp_path: Path) ->
         "memory": 4_000_000_000,
         "backbone-bits": 4,
         "threads": 3,
+        "prompts": "/data/wishes.txt",
+        "cluster-key": "/etc/fedgen/ward-7/cluster.key",
+        "cluster-noise": 0.05,
+        "cluster-encoder": "/models/encoder",
         "state-dir": f"{var}/adapters",
         "policy": f"{etc}/policy.toml",
     }
@@ -423,9 +435,10 @@ def test_systemd_takes_the_units(made: Path, tmp_path: Path) -> None:
     worker = (made / "devices" / "ward-7" / "fedgen-worker-ward-7.service").read_text()
     assert "InaccessiblePaths=/etc/fedgen/ward-7/device.key\n" in worker and "IPAddressDeny=any\n" in worker
     assert "PrivateUsers=yes\n" in worker
-    hub = again(made, FLEET.replace('backbone = "/models/smollm2"', 'backbone = "org/model"'))
-    assert "ward-7.tar" in hub
-    assert "IPAddressDeny" not in (made / "devices" / "ward-7" / "fedgen-worker-ward-7.service").read_text()
+    for key, place in (("backbone", "/models/smollm2"), ("cluster-encoder", "/models/encoder")):
+        hub = again(made, FLEET.replace(f'{key} = "{place}"', f'{key} = "org/model"'))
+        assert "ward-7.tar" in hub
+        assert "IPAddressDeny" not in (made / "devices" / "ward-7" / "fedgen-worker-ward-7.service").read_text()
     node = (made / "devices" / "ward-7" / "fedgen-supernode-ward-7.service").read_text()
     assert (
         "RestartSec=70\n" in node and "Restart=always\n" in node and f"MemoryMax={4_000_000_000 + 2 * 1024**3}" in node
