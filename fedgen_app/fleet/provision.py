@@ -3,7 +3,7 @@
 fleet.json            that this is one, and of which devices
 ca/                   the authority: ca.key never leaves this machine
 server/  server.tar   what the server gets
-operator/             a connection for `flwr` and `fedgen run --superlink`, where the server lets operators in
+operator/             a connection for `flwr`, where the server lets operators in
 devices/<id>/  devices/<id>.tar
 """
 
