@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -398,7 +399,25 @@ def test_install_scripts_check_their_steps(tmp_path: Path) -> None:
     (tmp_path / "environment" / "bin" / "python").write_text("#!/bin/sh\necho 0.0.1\n")
     assert "has fedgen-edge 0.0.1, the fleet has" in failing("--offline")
     (tmp_path / "environment" / "bin" / "python").unlink()
-    assert "pip install 'fedgen-edge==" in failing("--offline")
+    assert "python3 -m venv" in failing("--offline")
+
+
+@pytest.mark.parametrize("beside", ["fedgen-12", "."])
+def test_a_wheel_beside_the_installer_is_installed_where_the_version_is_missing(beside: str, tmp_path: Path) -> None:
+    made, unpacked, programs = local_fleet(tmp_path), tmp_path / "unpacked", tmp_path / "environment" / "bin"
+    python = programs / "python"
+    python.rename(programs / "real")
+    python.write_text("#!/bin/sh\nexit 1\n")
+    (programs / "pip").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/pip.log\nmv {programs}/real {python}\n')
+    for program in (python, programs / "pip"):
+        program.chmod(0o755)
+    without = install(made, "12", unpacked, "--files-only", "--offline")
+    wheel = f"fedgen_edge-{version('fedgen-edge')}-py3-none-any.whl"
+    assert without.returncode == 1 and f"is not installed in {tmp_path}/environment: lay {wheel}" in without.stderr
+    (unpacked / beside / wheel).write_bytes(b"")
+    assert install(made, "12", unpacked, "--files-only", "--offline").returncode == 0
+    assert (tmp_path / "pip.log").read_text().split()[0] == "install"
+    assert Path((tmp_path / "pip.log").read_text().split()[1]).resolve() == unpacked / beside / wheel
 
 
 def test_a_device_is_told_which_file_its_user_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
