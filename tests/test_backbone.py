@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model, tiny_settings
+from helpers import make_llama, tiny_model, tiny_settings
 from safetensors.torch import load_file, save_file
 
 from fedgen_app.errors import BackboneError
@@ -207,3 +207,13 @@ def test_an_init_is_compared_with_the_settings_and_not_with_what_the_model_holds
     smaller = {key: x[:2] if ".lora_A." in key else x[:, :2] for key, x in start.items()}
     adapters.write(backbone.model, smaller)  # a client of another rank, in the same process
     assert adapters.digest(load_peft(tmp_path, backbone)) == adapters.digest(start)
+
+
+def test_a_folder_whose_content_was_replaced_is_opened_anew(tmp_path: Path) -> None:
+    settings = tiny_settings(backbone=str(make_llama(tmp_path / "model")))
+    first = open_backbone(settings)
+    assert open_backbone(settings) is first
+    make_llama(tmp_path / "other", seed=1)
+    (tmp_path / "model").rename(tmp_path / "old")
+    (tmp_path / "other").rename(tmp_path / "model")
+    assert open_backbone(settings).fingerprint == marked(tmp_path / "model") != first.fingerprint

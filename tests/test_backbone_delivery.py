@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import shutil
 import socket
 import ssl
@@ -163,6 +164,19 @@ def test_what_is_pulled_is_what_was_packed(site: Site, packed: Path, tmp_path: P
         again = fetch(url, tmp_path / "models" / "tiny", packed / "key.pub")
         assert again.was_there and again.fetched == 0
         assert [path for path, _ in site.asked] == ["manifest.json", "manifest.sig"]
+
+
+def test_what_is_pulled_can_be_read_by_every_user(site: Site, packed: Path, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with running(site) as url:
+            fetch(url, tmp_path / "new" / "models" / "tiny", packed / "key.pub")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "new").rglob("*"):
+        if not path.name.startswith("."):
+            assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o755
 
 
 @pytest.mark.parametrize(("ranges", "cuts"), [(True, 10), (False, 4)])

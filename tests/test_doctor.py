@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import email.utils
 import json
+import os
 import shutil
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import command, tiny_data, tiny_model, tiny_settings
+from helpers import FEDGEN, ROOT, command, tiny_data, tiny_model, tiny_settings
 from networks import network_settings
 
 from fedgen_app.fleet import certificates, doctor
@@ -122,9 +124,26 @@ def test_a_damaged_backbone_is_found(tmp_path: Path) -> None:
 def test_a_jetson_without_its_own_torch_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert doctor.gpu(tegra=False).ok
-    found = doctor.gpu(tegra=True)
+    assert doctor.gpu(jetson=False).ok
+    found = doctor.gpu(jetson=True)
     assert not found.ok and "NVIDIA makes for this JetPack" in found.fix
+
+
+@pytest.mark.parametrize("part", ["device", "sim"])
+def test_a_torch_that_cannot_be_imported_is_a_finding(part: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudnn.so.9: cannot open shared object file')\n")
+    config = ["--node", node(tmp_path)] if part == "device" else ["--state", tmp_path]
+    ended = subprocess.run(
+        [FEDGEN, "doctor", part, *config, "--json"],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )
+    found = {entry["what"]: entry for entry in json.loads(ended.stdout)}
+    bad = {what: entry for what, entry in found.items() if not entry["ok"]}
+    assert ended.returncode == 1 and list(bad) == ["torch"], ended.stderr
+    assert "cannot be imported: libcudnn.so.9" in bad["torch"]["detail"] and bad["torch"]["fix"]
+    assert "disk" in found and not {"gpu", "backbone"} & set(found)
+    assert "policy" in found or part == "sim"
 
 
 def test_memory_is_held_against_the_estimate(tmp_path: Path) -> None:
@@ -152,6 +171,16 @@ def test_the_runs_settings_count(tmp_path: Path) -> None:
     found = {entry["what"]: entry for entry in json.loads(ended.out)}
     assert "(rank 3, batches of 5, 128 tokens)" in found["memory"]["detail"]
     assert command("doctor", "device", "--set", "lora.rank=0").status == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "task"),
+    [([], "language"), (["--preset", "quickstart-images"], "diffusion"), (["--task", "diffusion"], "diffusion")],
+)
+def test_a_presets_task_counts(options: list[str], task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(doctor, "device", lambda node, address, ca, settings: seen.append(settings.task) or [])
+    assert command("doctor", "device", *options).status == 0 and seen == [task]
 
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:

@@ -13,8 +13,12 @@ from flwr.app import Message
 from helpers import RecordingGrid, events, federate, tiny_config, tiny_settings, write_records
 
 from fedgen_app.errors import PolicyError
+from fedgen_app.federation import client
+from fedgen_app.federation.client import Participant
 from fedgen_app.federation.policy import Policy
 from fedgen_app.learning.backbone import open_backbone
+from fedgen_app.learning.task import Share
+from fedgen_app.settings import Settings
 
 DEVICE = 2  # its node; the others are simulated
 OTHER = "sha256:" + hashlib.sha256(b"other").hexdigest()
@@ -200,3 +204,21 @@ def test_with_limited_backbones_the_server_does_not_choose_what_is_opened(tmp_pa
         Policy(backbones=()).check_source("", "owner/name")
     Policy(backbones=()).check_source("/models/own", "owner/name")
     Policy().check_source("", "owner/name")
+
+
+@pytest.mark.parametrize(("limits", "revision"), [(Policy(backbones=()), ""), (Policy(), "refs/pr/1")])
+def test_with_limited_backbones_the_server_names_no_revision(
+    limits: Policy, revision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def ask(settings: Settings, source: str, weights: str) -> None:
+        raise Asked(source, settings.backbone_revision)
+
+    monkeypatch.setattr(client, "open_backbone", ask)
+    config = tiny_settings(backbone="owner/name", backbone_revision="refs/pr/1")
+    me = Participant("ward-7", config, Share(), 0, "owner/own", tmp_path, policy=limits)
+    with pytest.raises(Asked) as asked:
+        me.open_backbone()
+    assert asked.value.args == ("owner/own", revision)

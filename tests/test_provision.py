@@ -11,11 +11,13 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,10 @@ rank = 4
 memory = "4GB"
 backbone-bits = 4
 threads = 3
+prompts = "/data/wishes.txt"
+cluster-key = "/etc/fedgen/ward-7/cluster.key"
+cluster-noise = 0.05
+cluster-encoder = "/models/encoder"
 host = "pi-1.local"
 [[device]]
 id = 12
@@ -96,6 +102,10 @@ DEVICE = {
     "memory = '4 gigs'": r"device\[1\]\.memory = '4 gigs': should be bytes, or a text such as '4GB'",
     "backbone-bits = 5": r"device\[1\]\.backbone-bits = 5: should be 0, 4 or 8",
     "threads = -1": r"device\[1\]\.threads = -1: should be greater than or equal to 0",
+    "prompts = 'wishes.txt'": r"device\[1\]\.prompts = 'wishes\.txt': should be an absolute path",
+    "cluster-key = './key'": r"device\[1\]\.cluster-key = '\./key': should be an absolute path",
+    "cluster-noise = -0.1": r"device\[1\]\.cluster-noise = -0\.1: should be greater than or equal to 0",
+    "cluster-encoder = '~/e'": r"device\[1\]\.cluster-encoder = '~/e': should be an absolute path",
     "rank = -1": r"device\[1\]\.rank = -1: should be greater than or equal to 0",
     "rank = true": r"device\[1\]\.rank = True: should be a valid integer",
     "warm = 'yes'": r"device\[1\]\.warm = 'yes': should be a valid boolean",
@@ -313,6 +323,10 @@ def test_an_installed_device_starts_flower_as_flower_wants_it(tmp_path: Path) ->
         "memory": 4_000_000_000,
         "backbone-bits": 4,
         "threads": 3,
+        "prompts": "/data/wishes.txt",
+        "cluster-key": "/etc/fedgen/ward-7/cluster.key",
+        "cluster-noise": 0.05,
+        "cluster-encoder": "/models/encoder",
         "state-dir": f"{var}/adapters",
         "policy": f"{etc}/policy.toml",
     }
@@ -385,7 +399,53 @@ def test_install_scripts_check_their_steps(tmp_path: Path) -> None:
     (tmp_path / "environment" / "bin" / "python").write_text("#!/bin/sh\necho 0.0.1\n")
     assert "has fedgen-edge 0.0.1, the fleet has" in failing("--offline")
     (tmp_path / "environment" / "bin" / "python").unlink()
-    assert "pip install 'fedgen-edge==" in failing("--offline")
+    assert "python3 -m venv" in failing("--offline")
+
+
+@pytest.mark.parametrize("beside", ["fedgen-12", "."])
+def test_a_wheel_beside_the_installer_is_installed_where_the_version_is_missing(beside: str, tmp_path: Path) -> None:
+    made, unpacked, programs = local_fleet(tmp_path), tmp_path / "unpacked", tmp_path / "environment" / "bin"
+    python = programs / "python"
+    python.rename(programs / "real")
+    python.write_text("#!/bin/sh\nexit 1\n")
+    (programs / "pip").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/pip.log\nmv {programs}/real {python}\n')
+    for program in (python, programs / "pip"):
+        program.chmod(0o755)
+    without = install(made, "12", unpacked, "--files-only", "--offline")
+    wheel = f"fedgen_edge-{version('fedgen-edge')}-py3-none-any.whl"
+    assert without.returncode == 1 and f"is not installed in {tmp_path}/environment: lay {wheel}" in without.stderr
+    (unpacked / beside / wheel).write_bytes(b"")
+    assert install(made, "12", unpacked, "--files-only", "--offline").returncode == 0
+    assert (tmp_path / "pip.log").read_text().split()[0] == "install"
+    assert Path((tmp_path / "pip.log").read_text().split()[1]).resolve() == unpacked / beside / wheel
+
+
+def test_a_device_is_told_which_file_its_user_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
+    nobody = 65534
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        folder.chmod(0o755)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text("x")
+        (folder / "config.json").chmod(0o644)
+        (folder / "model.safetensors").chmod(0o600 if os.geteuid() == 0 else 0o200)
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(nobody)
+        try:
+            assert checks.main(["readable", place]) == 1
+        finally:
+            os.seteuid(before)
+        assert f"{folder}/model.safetensors: Permission denied" in capsys.readouterr().err
+        (folder / "model.safetensors").chmod(0o644)
+        assert checks.main(["readable", place]) == 0
+
+
+def test_the_installer_lets_the_services_user_try_the_backbone(made: Path) -> None:
+    tried = 'runuser -u "$user" -- "$python" -P -m fedgen_app.fleet.checks readable "$backbone"'
+    for device, backbone in (("ward-7", "/models/smollm2"), ("12", "''")):
+        script = (made / "devices" / device / "install.sh").read_text()
+        assert f"    backbone={backbone}\n" in script and tried in script
 
 
 def test_systemd_takes_the_units(made: Path, tmp_path: Path) -> None:
@@ -393,9 +453,11 @@ def test_systemd_takes_the_units(made: Path, tmp_path: Path) -> None:
     assert len(units) == 5
     worker = (made / "devices" / "ward-7" / "fedgen-worker-ward-7.service").read_text()
     assert "InaccessiblePaths=/etc/fedgen/ward-7/device.key\n" in worker and "IPAddressDeny=any\n" in worker
-    hub = again(made, FLEET.replace('backbone = "/models/smollm2"', 'backbone = "org/model"'))
-    assert "ward-7.tar" in hub
-    assert "IPAddressDeny" not in (made / "devices" / "ward-7" / "fedgen-worker-ward-7.service").read_text()
+    assert "PrivateUsers=yes\n" in worker
+    for key, place in (("backbone", "/models/smollm2"), ("cluster-encoder", "/models/encoder")):
+        hub = again(made, FLEET.replace(f'{key} = "{place}"', f'{key} = "org/model"'))
+        assert "ward-7.tar" in hub
+        assert "IPAddressDeny" not in (made / "devices" / "ward-7" / "fedgen-worker-ward-7.service").read_text()
     node = (made / "devices" / "ward-7" / "fedgen-supernode-ward-7.service").read_text()
     assert (
         "RestartSec=70\n" in node and "Restart=always\n" in node and f"MemoryMax={4_000_000_000 + 2 * 1024**3}" in node
@@ -414,6 +476,18 @@ def test_systemd_takes_the_units(made: Path, tmp_path: Path) -> None:
             line for line in ended.stderr.splitlines() if unit.name in line and "fedgen-superlink.service" not in line
         ]
         assert mine == [], ended.stderr
+
+
+def test_another_user_namespace_keeps_the_worker_out_of_the_supernode() -> None:
+    """What PrivateUsers=yes of the worker's service rests on: the same user, and no look through /proc."""
+    if not (unshare := shutil.which("unshare")) or subprocess.run([unshare, "--user", "true"]).returncode:
+        pytest.skip("no user namespaces here")
+    with subprocess.Popen(["sleep", "60"]) as other:
+        look = ["ls", f"/proc/{other.pid}/root/etc"]
+        allowed = subprocess.run(look, capture_output=True).returncode
+        refused = subprocess.run([unshare, "--user", *look], capture_output=True).returncode
+        other.kill()
+    assert allowed == 0 and refused != 0
 
 
 def test_a_device_that_left_is_not_installed_again_from_an_older_archive(tmp_path: Path) -> None:
@@ -448,6 +522,26 @@ def test_devices_come_and_go_and_the_others_keep_their_keys(made: Path) -> None:
         "fedgen-server/devices/ward-8.pub",
     }
     assert "install again: " + str(made / "devices" / "12") not in told
+
+
+def test_an_authority_without_its_key_signs_nothing_and_no_other_takes_its_place(made: Path) -> None:
+    (made / "ca" / "ca.key").unlink()
+    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    assert "install again" not in again(made)  # nothing has to be signed
+    for text, options in ((FLEET, ["--renew"]), (FLEET.replace("192.0.2.7", "192.0.2.8"), [])):
+        ended = command("provision", write(made.parent, text), "--output", made, *options)
+        assert ended.status == 2 and f"{made}/ca/ca.key: is missing beside ca.crt" in ended.err
+    assert {path: path.read_bytes() for path in made.rglob("*") if path.is_file()} == before
+
+
+def test_what_register_noted_in_the_servers_folder_stays(made: Path) -> None:
+    noted = {"server/registered.json": b'{"ward-7": {"node": "1", "key": "k"}}', "server/.lock": b""}
+    for name, there in (noted | {"server/old.txt": b"of an older version"}).items():
+        (made / name).write_bytes(there)
+    again(made, FLEET.replace('id = "ward-7"', 'id = "ward-8"'))
+    assert {name: content(made, name) for name in noted} == noted
+    assert not (made / "server" / "old.txt").exists()
+    assert not [name for name in members(made / "server.tar") if name.endswith(("registered.json", ".lock"))]
 
 
 def test_renewing_gives_the_server_another_certificate_that_devices_still_trust(made: Path) -> None:

@@ -14,9 +14,10 @@ import torch
 from helpers import TOPICS, command, make_llama, tiny_config, tiny_model, workspace
 from pipelines import image_settings
 
-from fedgen_app.errors import DataError, SettingsError
+from fedgen_app.errors import DataError, PolicyError, SettingsError
 from fedgen_app.federation import requirement
 from fedgen_app.federation.client import Participant
+from fedgen_app.federation.policy import Policy
 from fedgen_app.federation.roster import parse_requirement
 from fedgen_app.learning.backbone import load_task, open_backbone
 from fedgen_app.learning.encoder import direction, encode, mean_of_tokens
@@ -97,6 +98,16 @@ def test_without_prompts_nothing_is_sent_and_data_does_not_stand_in(
     with caplog.at_level(logging.WARNING):
         assert answer(device(tmp_path, prompts=None)) == {}
     assert "in no cluster" in caplog.text
+
+
+def test_with_limited_backbones_the_server_names_no_encoder(tmp_path: Path) -> None:
+    limited = Policy(backbones=())
+    me = dataclasses.replace(device(tmp_path, clusters__encoder="owner/name"), policy=limited)
+    with pytest.raises(PolicyError, match="'owner/name', is not opened"):
+        answer(me)
+    for own, wanted in (("", "backbone"), ("", "bundled"), ("/models/encoder", "owner/name")):
+        limited.check_encoder(own, wanted)
+    Policy().check_encoder("", "owner/name")
 
 
 def test_nothing_is_sent_where_the_run_does_not_ask(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from nodes import Node, bundle
 
 from fedgen_app.engines.keeper import free_port
 from fedgen_app.fleet import flower_task, kernel
+from fedgen_app.fleet.worker import FIRST_PAUSE, Worker
 
 SECRET = b"s" * 48
 pytestmark = pytest.mark.slow
@@ -217,9 +220,26 @@ def test_it_has_no_privileges_and_another_secret_gets_nothing(worker: Running) -
         assert not node.state.get_messages_legacy(is_reply=True)
 
 
-def test_what_a_fork_would_break_is_seen() -> None:
-    import threading
+def test_a_refused_worker_tries_ever_more_seldom_and_says_why_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "secret").write_bytes(b"x" * 48)
+    with Node(free_port(), SECRET) as node, caplog.at_level("INFO", logger="fedgen_app.fleet.worker"):
+        worker = Worker(f"127.0.0.1:{node.server.config.port}", tmp_path / "secret", 1, pause=0.01)
+        worker._wake, other = socket.socketpair()
+        for _ in range(3):
+            worker._serve(flower_task)
+        assert worker.pause == pytest.approx(0.08)
+        assert caplog.text.count("its secret is another one") == 1 and "connected" not in caplog.text
+        (tmp_path / "secret").write_bytes(SECRET)
+        threading.Timer(1.0, lambda: (setattr(worker, "stopping", True), other.send(b"x"))).start()
+        worker._serve(flower_task)
+        assert worker.pause == FIRST_PAUSE and caplog.text.count("connected") == 1
+        worker._wake.close()
+        other.close()
 
+
+def test_what_a_fork_would_break_is_seen() -> None:
     before, done = kernel.other_threads(), threading.Event()
     thread = threading.Thread(target=done.wait, name="pool")
     thread.start()

@@ -31,7 +31,7 @@ def doctor(
     address: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Look whether it answers.")] = "",
     ca: Annotated[Path | None, typer.Option(help="The fleet's ca.crt, for --server.")] = None,
     state: Annotated[Path, typer.Option(help="server, sim: where runs will lie.")] = Path("runs"),
-    task: Annotated[str, typer.Option(help="What the backbone generates.")] = "language",
+    task: Annotated[str, typer.Option(help="What the backbone generates; default: as the settings say.")] = "",
     preset: Annotated[str, typer.Option(help="device: settings of the run, for its memory; as of `fedgen run`.")] = "",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="device: one of them.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
@@ -42,8 +42,8 @@ def doctor(
     if node and part is not Part.DEVICE:
         raise SettingsError(f"--node {node}: is for `fedgen doctor device`")
     config = read_toml(node) if node else {}
-    wanted = (presets.load(preset) if preset else {}) | {"task": task} | dict(map(assignment, set_ or []))
-    settings = Settings.from_run_config(own_defaults() | wanted)
+    wanted = (presets.load(preset) if preset else {}) | ({"task": task} if task else {})
+    settings = Settings.from_run_config(own_defaults() | wanted | dict(map(assignment, set_ or [])))
 
     from fedgen_app.fleet import doctor as looking
 

@@ -17,10 +17,10 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from fedgen_app.errors import DataError, FedgenError, SettingsError
 from fedgen_app.federation import wire
-from fedgen_app.federation.consent import check_plans, policy_of
+from fedgen_app.federation.consent import check_plans
 from fedgen_app.federation.local import Lesson, fine_tune, plain
 from fedgen_app.federation.method import ClientId, Lora, Method, Round, weighted_mean, whole_adapter
-from fedgen_app.federation.policy import Policy
+from fedgen_app.federation.policy import Policy, policy_of
 from fedgen_app.federation.robust import FACTOR_RULES
 from fedgen_app.federation.roster import parse_client
 from fedgen_app.learning import adapters, training
@@ -208,7 +208,10 @@ class Participant:
             PolicyError: it is not one that the device allows.
         """
         self.policy.check_source(self.backbone, self.settings.backbone)
-        backbone = open_backbone(self.settings, self.backbone, load_method(self.settings.method).weights)
+        settings = self.settings
+        if self.backbone and self.policy.backbones is not None:  # of an own hub id, too, the server chooses nothing
+            settings = settings.model_copy(update={"backbone_revision": ""})
+        backbone = open_backbone(settings, self.backbone, load_method(self.settings.method).weights)
         self.policy.check_backbone(backbone.fingerprint)
         return backbone
 

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp.typing import ClientAppCallable
 
 from fedgen_app.federation import wire
-from fedgen_app.federation.policy import Policy
+from fedgen_app.federation.policy import Policy, policy_of
 from fedgen_app.federation.roster import ROLL_CALL
 from fedgen_app.learning.training import Plan, planned_steps
-
-
-def policy_of(node_config: Mapping[str, object]) -> Policy:
-    """The policy that a node's configuration names, as its file is now; one that allows all where it names none.
-
-    Raises:
-        PolicyError: it cannot be read.
-    """
-    named = node_config.get("policy")
-    return Policy() if named is None else Policy.read(Path(str(named)).expanduser())
 
 
 def policed(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

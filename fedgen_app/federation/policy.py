@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, time
 from pathlib import Path
 from typing import Annotated
@@ -114,6 +114,14 @@ class Policy(BaseModel):
                 "opened; set `backbone` in the node's configuration"
             )
 
+    def check_encoder(self, own: str, wanted: str) -> None:
+        """The same of what encodes prompts: ``cluster-encoder`` of the node, and ``clusters.encoder`` of the run."""
+        if self.backbones is not None and not own and wanted not in ("backbone", "bundled"):
+            raise PolicyError(
+                f"policy: backbones are limited, and this device has no encoder of its own: the server's, {wanted!r}, "
+                "is not opened; set `cluster-encoder` in the node's configuration"
+            )
+
     def check_backbone(self, fingerprint: str) -> None:
         """Raise PolicyError where a backbone is not among the allowed."""
         if self.backbones is not None and fingerprint not in self.backbones:
@@ -137,6 +145,16 @@ class Policy(BaseModel):
             raise PolicyError(f"policy: it is {clock:%H:%M}, outside of hours")
         if self.condition is not None and not _says_yes(self.condition, self.condition_timeout):
             raise PolicyError(f"policy: {self.condition[0]} does not say yes")
+
+
+def policy_of(node_config: Mapping[str, object]) -> Policy:
+    """The policy that a node's configuration names, as its file is now; one that allows all where it names none.
+
+    Raises:
+        PolicyError: it cannot be read.
+    """
+    named = node_config.get("policy")
+    return Policy() if named is None else Policy.read(Path(str(named)).expanduser())
 
 
 def _within(clock: time, span: Span) -> bool:

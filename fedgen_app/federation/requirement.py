@@ -27,10 +27,12 @@ def facts_of(me: Participant, task: Task, backbone: Backbone) -> dict[str, str |
     """The part of the answer to the roll call; nothing where the run does not ask or the device has no prompts.
 
     Raises:
+        PolicyError: the server names an encoder, and the device's policy limits what it opens.
         FedgenError: a file or the encoder is not to be had.
     """
     if me.settings.clusters.by != "prompts":
         return {}
+    me.policy.check_encoder(me.encoder, me.settings.clusters.encoder)
     texts = task.requirements(me.settings, backbone, me.share)
     if not texts:
         log.warning("no prompts here: this device answers without a requirement and will be in no cluster")

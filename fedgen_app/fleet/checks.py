@@ -1,7 +1,11 @@
-"""What an install script asks: ``python -m fedgen_app.fleet.checks server HOST:PORT CA`` or ``... policy FILE``."""
+"""What an install script asks: ``python -m fedgen_app.fleet.checks server HOST:PORT CA``.
+
+Or ``... policy FILE``, or ``... readable FOLDER``.
+"""
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import sys
@@ -45,6 +49,27 @@ def server_days_left(address: str, ca: Path) -> int:
     return int((ends - datetime.now(UTC).timestamp()) // 86400)
 
 
+def check_readable(folder: Path) -> None:
+    """Open every file below a folder, as whoever trains has to.
+
+    Raises:
+        RunError: names the first that this user cannot read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    try:
+        for place, _, names in os.walk(folder, onerror=refuse):
+            for name in names:
+                (Path(place) / name).open("rb").close()
+    except OSError as error:
+        raise RunError(
+            f"{error.filename}: {error.strerror}, for this user: chmod -R a+rX {folder}, and let others enter the "
+            "folders above"
+        ) from None
+
+
 def main(arguments: list[str]) -> int:
     """Exit status 0: as it should be; 1: the reason is on standard error."""
     try:
@@ -54,8 +79,11 @@ def main(arguments: list[str]) -> int:
             case ["policy", file]:
                 Policy.read(Path(file))
                 print(f"ok: {file}")
+            case ["readable", folder]:
+                check_readable(Path(folder))
+                print(f"ok: {folder} can be read")
             case _:
-                raise RunError("arguments: server HOST:PORT CA, or policy FILE")
+                raise RunError("arguments: server HOST:PORT CA, policy FILE, or readable FOLDER")
     except FedgenError as error:
         print(error, file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import importlib
 import importlib.metadata
 import math
 import os
@@ -19,10 +20,12 @@ import httpx
 import psutil
 
 from fedgen_app.errors import FedgenError
+from fedgen_app.federation.policy import policy_of
 from fedgen_app.fleet.checks import server_days_left
 from fedgen_app.settings import Settings, looks_like_path
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "datasets")
+NEEDED = ("torch", "transformers", "peft")  # without which nothing of a model can be looked at
 SIMULATION = ("ray", "flwr-datasets", "scikit-learn", "matplotlib")
 LEAST_DISK = 2 * 1000**3  # bytes; caches, checkpoints and a run's adapters
 LEAST_DAYS = 14
@@ -49,7 +52,7 @@ class Finding:
 
 def versions(simulation: bool) -> Iterator[Finding]:
     """Python, Flower and the libraries."""
-    python = platform.python_version()
+    python, (unusable, reason) = platform.python_version(), broken()
     yield Finding("python", sys.version_info >= (3, 11), python, "install Python 3.11 or newer")
     for name in ("flwr", *LIBRARIES, *(SIMULATION if simulation else ())):
         extra = "[sim]" if name in SIMULATION else ""
@@ -58,12 +61,35 @@ def versions(simulation: bool) -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             yield Finding(name, False, "not installed", f"{sys.executable} -m pip install 'fedgen-edge{extra}'")
             continue
+        if name == unusable:
+            fix = f"install {name}, or the system's library that is missing, again"
+            if tegra():
+                fix += "; for torch: the wheels that NVIDIA makes for this JetPack, and its cuDNN"
+            yield Finding(name, False, f"{found}, which cannot be imported: {reason}", fix)
+            continue
         fits = name != "flwr" or found.startswith("1.41.")
         yield Finding(name, fits, found, f"{sys.executable} -m pip install 'flwr>=1.41,<1.42'")
 
 
+def broken() -> tuple[str, str]:
+    """The first of the needed libraries that cannot be imported, and why; "" and "": all can."""
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # half a library may raise anything, and to find that is what we are here for
+            return name, (str(error).splitlines() or [type(error).__name__])[0]
+    return "", ""
+
+
+def tegra() -> bool:
+    """Whether this is a Jetson."""
+    return "tegra" in platform.release() or Path("/etc/nv_tegra_release").exists()
+
+
 def hardware() -> Iterator[Finding]:
-    """CPU, and the GPU by a kernel that is really launched."""
+    """CPU, and the GPU by a kernel that is really launched; nothing where `versions` found the libraries broken."""
+    if broken()[0]:
+        return
     import torch
 
     from fedgen_app.learning.backbone import computes_bfloat16
@@ -71,23 +97,22 @@ def hardware() -> Iterator[Finding]:
     cpu = torch.device("cpu")
     half = "native" if computes_bfloat16(cpu) else "emulated: dtype = auto takes float32"
     yield Finding("cpu", True, f"{platform.machine()}, {os.cpu_count()} cores, bfloat16 {half}")
-    tegra = "tegra" in platform.release() or Path("/etc/nv_tegra_release").exists()
-    yield gpu(tegra)
+    yield gpu(tegra())
 
 
-def gpu(tegra: bool) -> Finding:
-    """Whether CUDA computes; on a Jetson (``tegra``) the usual wheels are found and then fail at the first kernel."""
+def gpu(jetson: bool) -> Finding:
+    """Whether CUDA computes; on a Jetson the usual wheels are found and then fail at the first kernel."""
     import torch
 
     if not torch.cuda.is_available():
         why = "none that torch sees"
-        fix = "install torch from the wheels that NVIDIA makes for this JetPack" if tegra else ""
-        return Finding("gpu", not tegra, f"{why}; training is on the CPU", fix)
+        fix = "install torch from the wheels that NVIDIA makes for this JetPack" if jetson else ""
+        return Finding("gpu", not jetson, f"{why}; training is on the CPU", fix)
     name = torch.cuda.get_device_name()
     try:
         value = float((torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")).sum())
     except RuntimeError as error:
-        source = "the wheels that NVIDIA makes for this JetPack" if tegra else "one whose CUDA fits this driver"
+        source = "the wheels that NVIDIA makes for this JetPack" if jetson else "one whose CUDA fits this driver"
         return Finding(
             "gpu", False, f"{name}: no kernel runs: {str(error).splitlines()[0]}", f"install torch from {source}"
         )
@@ -154,6 +179,8 @@ def backbone_there(source: str, task: str) -> Finding:
         return Finding("backbone", True, f"{source}: {fingerprint_of(folder.resolve(), task)}")
     except FedgenError as error:
         return Finding("backbone", False, str(error), f"fedgen backbone pull URL --to {source} --key FILE --replace")
+    except OSError as error:
+        return Finding("backbone", False, f"{error.filename}: {error.strerror}", f"chmod -R a+rX {source}")
 
 
 def server(address: str, ca: Path) -> Iterator[Finding]:
@@ -197,16 +224,15 @@ def data_there(source: str) -> Finding:
 
 def device(node: Mapping[str, Any], address: str, ca: Path | None, settings: Settings) -> Iterator[Finding]:
     """All findings of a device."""
-    from fedgen_app.federation.consent import policy_of
-
     yield from versions(simulation=False)
     yield from hardware()
     source = str(node.get("backbone", ""))
     yield disk(Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser())
-    there = backbone_there(source, settings.task)
-    yield there
-    if there.ok:
-        yield memory(node, settings)
+    if not broken()[0]:
+        there = backbone_there(source, settings.task)
+        yield there
+        if there.ok:
+            yield memory(node, settings)
     if "data" in node:
         yield data_there(str(node["data"]))
     try:

@@ -3,7 +3,7 @@
 fleet.json            that this is one, and of which devices
 ca/                   the authority: ca.key never leaves this machine
 server/  server.tar   what the server gets
-operator/             a connection for `flwr` and `fedgen run --superlink`, where the server lets operators in
+operator/             a connection for `flwr`, where the server lets operators in
 devices/<id>/  devices/<id>.tar
 """
 
@@ -22,10 +22,12 @@ from filelock import FileLock, Timeout
 from fedgen_app.errors import LockedError, SettingsError
 from fedgen_app.files import to_json, write_atomic
 from fedgen_app.fleet import certificates, render
+from fedgen_app.fleet.registration import LOCK, RECORD
 from fedgen_app.fleet.spec import Fleet
 
 SECRET_BYTES = 48
 MARK = "fleet.json"
+KEPT = (RECORD, LOCK)  # of `fedgen register`, where that is given this folder: what the SuperLink knows is not ours
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def provision(fleet: Fleet, output: Path, renew: bool = False, new_keys: Collect
         new_keys: Devices that get another key.
 
     Raises:
-        SettingsError: the folder is something else, cannot be written, or there is no such device.
+        SettingsError: the folder is something else, cannot be written, there is no such device, or the authority's
+            key is missing where something has to be signed.
         LockedError: another process is at it.
     """
     _check(fleet, output, new_keys)
@@ -134,13 +137,24 @@ def _write(fleet: Fleet, output: Path, renew: bool, new_keys: Collection[str]) -
 def _authority(fleet: Fleet, folder: Path, renew: bool) -> tuple[bool, bytes]:
     """Whether the authority's certificate is new, and what it is. Its key stays, so what it signed stays valid."""
     key_file, file, days = folder / "ca.key", folder / "ca.crt", fleet.certificates.ca_days
-    there = file.exists() and key_file.exists()
-    if there and not (renew and certificates.days_left(file.read_bytes()) <= fleet.certificates.server_days):
-        return False, file.read_bytes()
-    if not key_file.exists():
+    if file.exists():
+        if not (renew and certificates.days_left(file.read_bytes()) <= fleet.certificates.server_days):
+            return False, file.read_bytes()
+    elif not key_file.exists():
         _put(key_file, certificates.new_key(), render.SECRET)
-    _put(file, certificates.authority(key_file.read_bytes(), fleet.name, days), render.PUBLIC)
+    _put(file, certificates.authority(_authority_key(folder), fleet.name, days), render.PUBLIC)
     return True, file.read_bytes()
+
+
+def _authority_key(folder: Path) -> bytes:
+    """What signs. Another one in its place would make an authority that no installed device trusts."""
+    file = folder / "ca.key"
+    if not file.exists():
+        raise SettingsError(
+            f"{file}: is missing beside ca.crt, and something has to be signed: put your copy of it back; if there is "
+            "none, name a new folder with --output and install all machines"
+        )
+    return file.read_bytes()
 
 
 def _server(fleet: Fleet, output: Path, ca: bytes, renew: bool) -> tuple[str, dict[str, bytes]]:
@@ -156,7 +170,7 @@ def _server(fleet: Fleet, output: Path, ca: bytes, renew: bool) -> tuple[str, di
         reason = "server.hosts changed"
     else:
         return "", files | {"ca.crt": ca}
-    key, ca_key = certificates.new_key(), (output / "ca" / "ca.key").read_bytes()
+    key, ca_key = certificates.new_key(), _authority_key(output / "ca")
     days = min(fleet.certificates.server_days, max(1, certificates.days_left(ca)))
     files |= {"server.key": key, "server.crt": certificates.server_certificate(ca, ca_key, key, hosts, days)}
     if reason != "server.hosts changed":
@@ -175,12 +189,12 @@ def _operator(fleet: Fleet, folder: Path, ca: bytes) -> None:
 
 
 def _place(parent: Path, name: str, files: render.Files, inside: str) -> bool:
-    """A machine's folder with these files and no others, and the archive of it; whether that is another than before."""
+    """A machine's folder with these files and none of an older time, and its archive; whether that is another now."""
     folder = parent / name
     for relative, file in files.items():
         _put(folder / relative, file.content, file.mode)
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and str(path.relative_to(folder)) not in files:
+        if path.is_file() and str(path.relative_to(folder)) not in (*files, *KEPT):
             path.unlink()
     return _put(parent / f"{name}.tar", render.archive(inside, files), render.SECRET)
 

@@ -62,7 +62,7 @@ def pull(
     """
     key = manifest.public_key(key_file)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(folder)
         with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
             content, signature = source.small(MANIFEST, LARGEST_MANIFEST), source.small(SIGNATURE, 1024)
             offered = manifest.verified(content, signature, key)
@@ -79,6 +79,14 @@ def pull(
     except OSError as error:
         place = error.filename or folder
         raise BackboneError(f"{place}: {error.strerror}; what came is kept, the same command goes on") from None
+
+
+def _make_parents(folder: Path) -> None:
+    """The folders above, those that are new open to all as what will lie below."""
+    new = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for parent in new:
+        parent.chmod(0o755)
 
 
 def _gather(source: Source, offered: Manifest, folder: Path, report: Callable[[int, int], None]) -> None:
@@ -109,8 +117,9 @@ def _gather(source: Source, offered: Manifest, folder: Path, report: Callable[[i
         shutil.rmtree(partial)
         raise BackboneError(f"the files' fingerprint is {found}, the manifest says {offered.fingerprint}")
     _remove_empty(partial)
+    for path in (partial, *partial.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # who trains is another user than who pulls, whatever the umask
     sync_tree(partial)
-    partial.chmod(0o755)
     move_in(partial, folder)
 
 

@@ -99,6 +99,10 @@ def node_config(fleet: Fleet, device: Device) -> dict[str, object]:
         "memory": device.memory,
         "backbone-bits": device.backbone_bits,
         "threads": device.threads,
+        "prompts": device.prompts,
+        "cluster-key": device.cluster_key,
+        "cluster-noise": device.cluster_noise,
+        "cluster-encoder": device.cluster_encoder,
     }
     return {
         "client-id": device.id,
@@ -116,11 +120,12 @@ def device_files(fleet: Fleet, device: Device, ca: bytes, key: bytes) -> Files:
         "address": fleet.server.address,
         "port": device.port,
         "data": shlex.quote(device.data),
+        "backbone": shlex.quote(device.backbone if device.backbone.startswith("/") else ""),
         "warm": "yes" if device.warm else "no",
         "limits": f"MemoryMax={device.memory + ROOM}"
         if device.memory
         else "# No memory in the fleet file: no MemoryMax.",
-        "net": OWN_LOOPBACK if device.backbone.startswith("/") or device.backbone == "bundled" else ANY_NET,
+        "net": OWN_LOOPBACK if _here(device.backbone) and _here(device.cluster_encoder or "bundled") else ANY_NET,
         "programs": "flower-supernode fedgen" if device.warm else "flower-supernode flower-superexec flwr-clientapp",
     }
     files = {
@@ -134,6 +139,11 @@ def device_files(fleet: Fleet, device: Device, ca: bytes, key: bytes) -> Files:
         files[f"{name}.sh"] = _starter(f"{name}.sh", values, f"{fleet.paths.state}/{device.id}")
         files[f"fedgen-{name}-{device.id}.service"] = File(_template(f"{name}.service", values).encode(), PUBLIC)
     return files
+
+
+def _here(source: str) -> bool:
+    """Whether a model of the fleet file lies on the device."""
+    return source.startswith("/") or source in ("bundled", "backbone")
 
 
 def server_files(fleet: Fleet, secrets: Mapping[str, bytes], public_keys: Mapping[str, bytes]) -> Files:

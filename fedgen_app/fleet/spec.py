@@ -144,6 +144,11 @@ class Device(_Table):
         memory: Bytes that training may take.
         backbone_bits: Of each weight of the backbone's linear layers on this device, 4 or 8; 0: as the run says.
         threads: Of the CPU, for training; 0: as the run says.
+        prompts: A file on the device with what it is to generate; "": as its data folder says.
+        cluster_key: A file on the device with the secret of all devices. It never passes through the fleet's folder, of
+            which the server gets a part.
+        cluster_noise: Least standard deviation of the noise on what is sent of the prompts.
+        cluster_encoder: Where the encoder lies on the device that the run names; "": as the run says.
         port: Of the SuperNode on the device's own loopback.
         warm: Whether a worker stays in memory between messages.
     """
@@ -155,6 +160,10 @@ class Device(_Table):
     memory: Annotated[int, BeforeValidator(bytes_of), Field(ge=0, strict=True)] = 0
     backbone_bits: Annotated[int, Field(strict=True), AfterValidator(known_bits)] = 0
     threads: Annotated[int, Field(ge=0, strict=True)] = 0
+    prompts: Annotated[str, AfterValidator(lambda value: value and _own_path(value))] = ""
+    cluster_key: Annotated[str, AfterValidator(lambda value: value and _own_path(value))] = ""
+    cluster_noise: Annotated[float, Field(ge=0, strict=True)] = 0.0
+    cluster_encoder: Annotated[str, AfterValidator(_backbone)] = ""
     host: Annotated[str, AfterValidator(lambda value: value and _host(value))] = ""
     port: Port = 9094
     warm: Annotated[bool, Field(strict=True)] = True

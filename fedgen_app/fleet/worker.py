@@ -68,6 +68,8 @@ class Worker:
     Attributes:
         secret: The file that the SuperNode's start script writes; None: it asks for none.
         threads: That a task computes with.
+        pause: Seconds before the next try, where one fails; longer each time, until a SuperNode lets us ask for tasks.
+        said: What was last said to be wrong, and when.
         cold: Bundles that could not make themselves ready; they are not asked again.
     """
 
@@ -75,6 +77,8 @@ class Worker:
     secret: Path | None
     threads: int
     stopping: bool = False
+    pause: float = FIRST_PAUSE
+    said: tuple[str, float] = ("", 0.0)
     warm: Warm | None = None
     cold: set[str] = field(default_factory=set)
     _wake: socket.socket | None = None
@@ -94,35 +98,42 @@ class Worker:
         """Reach a SuperNode and carry out its tasks for as long as it answers."""
         if (client := self._reach(flower)) is None:
             return
-        last = time.monotonic()
+        last = 0.0
         with contextlib.closing(client):
             try:
                 while not self.stopping:
-                    if task := flower.acquire(client):
+                    task = flower.acquire(client)
+                    if not last:  # who listens may yet refuse: only now are we let in
+                        log.info("connected to the SuperNode at %s", self.address)
+                        self.pause, self.said, last = FIRST_PAUSE, ("", 0.0), time.monotonic()
+                    if task:
                         self._carry_out(flower, task)
                         last = time.monotonic()
                     self._wait(BUSY if time.monotonic() - last < LATELY else IDLE)
             except (flower.httpx.HTTPError, ValueError) as error:
-                log.warning("lost the SuperNode at %s: %s", self.address, _short(error))
+                self._fail("lost the SuperNode at %s: %s", _short(error))
 
     def _reach(self, flower: Any) -> Any:
         """A connection to a SuperNode that listens, however long that takes; None: we are to stop."""
-        pause, said = FIRST_PAUSE, 0.0
         while not self.stopping:
             try:
                 secret = self._read_secret()
                 if _listens(self.address):
-                    log.info("connected to the SuperNode at %s", self.address)
                     return flower.dispatcher(self.address, secret)
                 found = "nothing listens there"
             except (OSError, ValueError) as error:
                 found = _short(error)
-            if not said or time.monotonic() - said > REMINDER:
-                log.warning("no SuperNode at %s (%s); trying on", self.address, found)
-                said = time.monotonic()
-            self._wait(pause)
-            pause = min(pause * 2, LONGEST_PAUSE)
+            self._fail("no SuperNode at %s (%s); trying on", found)
         return None
+
+    def _fail(self, text: str, reason: str) -> None:
+        """Say what is wrong, the same no more often than every REMINDER seconds, and wait before the next try."""
+        what, when = self.said
+        if what != reason or time.monotonic() - when > REMINDER:
+            log.warning(text, self.address, reason)
+            self.said = reason, time.monotonic()
+        self._wait(self.pause)
+        self.pause = min(self.pause * 2, LONGEST_PAUSE)
 
     def _read_secret(self) -> bytes | None:
         """Anew for each connection: the file may be younger than we are."""

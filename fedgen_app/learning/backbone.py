@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.pytorch_utils import Conv1D
 
 import fedgen_assets
+from fedgen_app.data.cache import source_identity
 from fedgen_app.errors import BackboneError, SettingsError
 from fedgen_app.learning import adapters
 from fedgen_app.learning.adapters import Adapter, Layout, layout_of, parameters
@@ -250,10 +251,13 @@ def open_backbone(settings: Settings, source: str = "", weights: Literal["adapte
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    place = source or settings.backbone
     return _open(
         weights,
         settings.task,
-        source or settings.backbone,
+        place,
+        # A folder's content may be replaced while we have the old one open.
+        source_identity(place, "", "") if looks_like_path(place) else "",
         settings.backbone_revision,
         settings.dtype,
         settings.device,
@@ -268,6 +272,7 @@ def _open(
     weights: Literal["adapter", "model"],
     task_name: str,
     source: str,
+    files: str,
     revision: str,
     dtype: str,
     device: str,

@@ -20,11 +20,23 @@ if [ "$files_only" = no ]; then
 fi
 command -v install >/dev/null || die "install is missing: it is part of coreutils"
 
-python="$environment/bin/python"
-[ -x "$python" ] || die "$python is not there; make it: python3 -m venv $environment && $environment/bin/pip install 'fedgen-edge==@{version}'"
-found=$("$python" -P -c 'from importlib.metadata import version; print(version("fedgen-edge"))' 2>/dev/null) ||
-    die "fedgen-edge is not installed in $environment: $environment/bin/pip install 'fedgen-edge==@{version}'"
-[ "$found" = "@{version}" ] || die "$environment has fedgen-edge $found, the fleet has @{version}: $environment/bin/pip install 'fedgen-edge==@{version}'"
+python="$environment/bin/python" wheel="fedgen_edge-@{version}-py3-none-any.whl"
+get="lay $wheel beside install.sh and run it again (docs/deploy.md says how it is built)"
+installed() { "$python" -P -c 'from importlib.metadata import version; print(version("fedgen-edge"))' 2>/dev/null || echo none; }
+[ -x "$python" ] || die "$python is not there; make it: python3 -m venv $environment, then $get"
+found=$(installed)
+if [ "$found" != "@{version}" ]; then  # a wheel that was copied here, itself or beside the archive, before any index
+    for file in "$here/$wheel" "$here/../$wheel"; do
+        if [ -f "$file" ]; then
+            say "installing $file in $environment"
+            "$environment/bin/pip" install "$file" || die "$file cannot be installed in $environment, see above"
+            found=$(installed)
+            break
+        fi
+    done
+fi
+[ "$found" != none ] || die "fedgen-edge is not installed in $environment: $get"
+[ "$found" = "@{version}" ] || die "$environment has fedgen-edge $found, the fleet has @{version}: $get"
 for program in @{programs}; do
     [ -x "$environment/bin/$program" ] || die "$environment/bin/$program is missing; install fedgen-edge there again"
 done

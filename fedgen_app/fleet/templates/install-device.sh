@@ -21,6 +21,8 @@ say "ok: files in $target"
 if [ "$files_only" = no ]; then
     runuser -u "$user" -- test -r @{data} || die @{data}" cannot be read by the user $user: chgrp -R $user it and chmod -R g+rX it, and let others enter the folders above"
     say "ok: the data can be read"
+    backbone=@{backbone}
+    if [ -e "$backbone" ]; then runuser -u "$user" -- "$python" -P -m fedgen_app.fleet.checks readable "$backbone" || die "see above"; fi
 fi
 if [ "$offline" = no ]; then
     "$python" -P -m fedgen_app.fleet.checks server "@{address}" "$target/ca.crt" || die "the server does not answer as it should; --offline leaves this check out"
