@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedgen_app.errors import ServiceError
 from fedgen_app.serving import asks, body, metrics
@@ -105,9 +106,40 @@ class LaterError(ServiceError):
         self.wait = math.ceil(wait)
 
 
+class Unforeseen:
+    """Around all handlers: an error that none of them knows is a 500 and a line with its type.
+
+    Starlette would hand it on to uvicorn, whose log would have its text, and where the files of this machine lie.
+    """
+
+    def __init__(self, app: ASGIApp, counted: Metrics) -> None:
+        self.app, self.counted = app, counted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, whatever happens."""
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception as error:  # whatever one request runs into, it is told without a word of the request
+            kind = type(error).__name__
+            log.error("a request failed: %s", kind)
+            self.counted.add("requests_total", labels={"path": _counted(scope["path"]), "status": 500})
+            if not begun:
+                await JSONResponse({"error": f"the request could not be carried out: {kind}"}, 500)(
+                    scope, receive, send
+                )
+
+
 def make_app(service: Service) -> FastAPI:
     """The routes; no page that describes them, as nobody is to look around."""
     app = FastAPI(title="FedGen-Edge", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Unforeseen, counted=service.counted)
 
     @app.get("/health")
     async def health() -> Response:
@@ -131,9 +163,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(ServiceError)
     async def refuse(request: Request, error: ServiceError) -> Response:
-        path = request.url.path.removeprefix("/v1/")
-        counted = path if path in asks.KINDS else "other"  # a path is a client's text
-        service.counted.add("requests_total", labels={"path": counted, "status": error.status})
+        service.counted.add("requests_total", labels={"path": _counted(request.url.path), "status": error.status})
         await _drain(request)
         headers = (
             {"Retry-After": str(error.wait if isinstance(error, LaterError) else 1)} if error.status == 429 else {}
@@ -147,6 +177,12 @@ def make_app(service: Service) -> FastAPI:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     return app
+
+
+def _counted(path: str) -> str:
+    """Under what a path is counted: it is a client's text."""
+    kind = path.removeprefix("/v1/")
+    return kind if kind in asks.KINDS else "other"
 
 
 async def _drain(request: Request) -> None:
