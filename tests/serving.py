@@ -137,11 +137,16 @@ def running(service: Service, address: Address = LOCAL) -> Iterator[uvicorn.Serv
 
 @contextlib.contextmanager
 def answering(
-    answer: bytes = b"", tokens: Sequence[str] = (TOKEN,), address: Address = LOCAL, **limits: Any
+    answer: bytes = b"", tokens: Sequence[str] = (TOKEN,), address: Address = LOCAL, work: float = 0, **limits: Any
 ) -> Iterator[tuple[str, int]]:
-    """The host and port of a service without a model that answers every right request with these bytes."""
+    """The host and port of a service without a model that answers every right request, after seconds of work."""
+
+    def carry_out(batch: Sequence[asks.Ask]) -> list[bytes]:
+        time.sleep(work)
+        return [answer] * len(batch)
+
     counted, bounds = Metrics(), Limits(**{"per_minute": 100_000, "burst": 100_000, **limits})
-    worker = Worker(lambda batch: [answer] * len(batch), bounds.waiting, bounds.batch, counted)
+    worker = Worker(carry_out, bounds.waiting, bounds.batch, counted)
     with running(Service(frame(), bounds, tokens, worker, counted), address) as server:
         host, port = server.servers[0].sockets[0].getsockname()[:2]
         yield host, port

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -25,6 +26,8 @@ from fedgen_app.serving.worker import Worker
 log = logging.getLogger(__name__)
 DRAINED = 4 * 1024**2  # bytes of a refused body that are still read, so that its sender sees why it was refused
 PNG = "image/png"
+PIECE = 64 * 1024  # bytes of an answer that are sent at once
+HELD = "fedgen.held"  # of a request's scope: what is let go of when its answer is sent
 
 
 @dataclass
@@ -66,6 +69,7 @@ class Service:
         if self.arriving >= self.limits.arriving:
             raise LaterError("too many requests at once", 1.0)
         self.arriving += 1
+        request.scope[HELD].callback(self._leave)
         began = time.perf_counter()
         try:
             data = await self._body(request)
@@ -74,11 +78,12 @@ class Service:
             found = await asyncio.wait_for(waiting, self.limits.patience)
         except TimeoutError:
             raise ServiceError(503, f"not done in {self.limits.patience:g} seconds") from None
-        finally:
-            self.arriving -= 1
         self.counted.add("request_seconds_total", time.perf_counter() - began)
         self.counted.add("sent_bytes_total", len(found))
-        return Response(found, media_type=PNG if kind == "images" else body.MEDIA_TYPE)
+        return Answer(found, media_type=PNG if kind == "images" else body.MEDIA_TYPE)
+
+    def _leave(self) -> None:
+        self.arriving -= 1
 
     async def _body(self, request: Request) -> bytes:
         most, said = self.frame.most_bytes, request.headers.get("content-length", "0")
@@ -106,10 +111,23 @@ class LaterError(ServiceError):
         self.wait = math.ceil(wait)
 
 
-class Unforeseen:
-    """Around all handlers: an error that none of them knows is a 500 and a line with its type.
+class Answer(Response):
+    """Sent in pieces, each when there is room for it: what is not read stays counted, and is not copied again."""
 
-    Starlette would hand it on to uvicorn, whose log would have its text, and where the files of this machine lie.
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Until the last piece is taken, or nobody is there any more."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for first in range(0, len(self.body), PIECE):
+            piece = self.body[first : first + PIECE]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class Around:
+    """Around all handlers, until the answer is sent: then a request's place is free again.
+
+    An error that no handler knows is a 500 and a line with its type. Starlette would hand it on to uvicorn, whose log
+    would have its text, and where the files of this machine lie.
     """
 
     def __init__(self, app: ASGIApp, counted: Metrics) -> None:
@@ -125,7 +143,8 @@ class Unforeseen:
             await send(message)
 
         try:
-            await self.app(scope, receive, sending)
+            with contextlib.ExitStack() as scope[HELD]:
+                await self.app(scope, receive, sending)
         except Exception as error:  # whatever one request runs into, it is told without a word of the request
             kind = type(error).__name__
             log.error("a request failed: %s", kind)
@@ -139,7 +158,7 @@ class Unforeseen:
 def make_app(service: Service) -> FastAPI:
     """The routes; no page that describes them, as nobody is to look around."""
     app = FastAPI(title="FedGen-Edge", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Unforeseen, counted=service.counted)
+    app.add_middleware(Around, counted=service.counted)
 
     @app.get("/health")
     async def health() -> Response:
