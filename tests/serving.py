@@ -156,7 +156,7 @@ def frame(**changes: Any) -> Frame:
     """What a made-up service can be asked."""
     known: dict[str, Any] = {
         "fingerprint": FINGERPRINT,
-        "shapes": Shapes((4, 3), (1, 2, 2), 50),
+        "shapes": Shapes((4, 3), (1, 2, 2), 50, (16, 16, 1)),
         "clusters": (0, 2),
         "has_global": True,
         "centroids": {0: torch.eye(5)[0].double().numpy(), 2: torch.eye(5)[1].double().numpy()},
