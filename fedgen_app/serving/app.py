@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -17,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedgen_app.errors import ServiceError
+from fedgen_app.fleet.spec import is_loopback
 from fedgen_app.serving import asks, body, metrics
 from fedgen_app.serving.asks import Frame, Kind
 from fedgen_app.serving.guard import Buckets, Limits, holder
@@ -50,8 +52,11 @@ class Service:
         """Whose token the request has.
 
         Raises:
-            ServiceError: 401: nobody's.
+            ServiceError: 401: nobody's; 421: without tokens, it was sent to a name that is not this machine's
+                loopback, as by a page in a browser that has such a name lead here.
         """
+        if not self.tokens and not _means_loopback(request.headers.get("host", "")):
+            raise ServiceError(421, "without tokens this service answers to localhost and loopback addresses alone")
         found = holder(request.headers.get("authorization", ""), self.tokens)
         if found is None:
             raise ServiceError(401, "a bearer token of this service is needed")
@@ -196,6 +201,14 @@ def make_app(service: Service) -> FastAPI:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     return app
+
+
+def _means_loopback(host: str) -> bool:
+    """Whether a Host header, with or without a port, names this machine's loopback."""
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:  # no address at all
+        return False
 
 
 def _counted(path: str) -> str:
