@@ -101,8 +101,12 @@ class Choice:
         texts: Sequence[str],
         mixes: Sequence[Mapping[int, float] | None],
         key: bytes,
+        encoder: str = "",
     ) -> Choice:
         """From explicit weights for each text, or from the texts, encoded and turned here (None for each).
+
+        Args:
+            encoder: As in ``turned``.
 
         Raises:
             SettingsError: there is no text to go by.
@@ -115,7 +119,7 @@ class Choice:
             return cls({asks.CLUSTERS: torch.tensor(named), asks.WEIGHTS: torch.tensor(rows, dtype=torch.float64)})
         if not mixes:
             return cls()
-        vectors, space = turned(settings, task, backbone, texts, key)
+        vectors, space = turned(settings, task, backbone, texts, key, encoder)
         return cls({asks.VECTOR: torch.from_numpy(vectors).float()}, {asks.SPACE: space})
 
     def rows(self, numbers: Sequence[int]) -> Mapping[str, Tensor]:
