@@ -7,7 +7,7 @@ import functools
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,18 @@ from fedgen_app.cli.finished import settings_of
 from fedgen_app.cli.mixing import clusters_in
 from fedgen_app.learning.task import Shapes
 from fedgen_app.serving import asks, body
+from fedgen_app.serving.app import Service
 from fedgen_app.serving.asks import Frame
 from fedgen_app.serving.engine import Engine, open_engine
 from fedgen_app.serving.guard import Limits
+from fedgen_app.serving.metrics import Metrics
 from fedgen_app.serving.run import Address, build, make_server
+from fedgen_app.serving.worker import Worker
 from fedgen_app.settings import Value
 
 TOKEN = "t0ken-" + "x" * 40
 OTHER_TOKEN = "0ther-" + "y" * 40
+LOCAL = Address("127.0.0.1", 0)
 FINGERPRINT = "sha256:" + "ab" * 32
 CLUSTERS: dict[str, Value] = {
     "partition__by": "single-label",
@@ -108,8 +112,14 @@ def listening(folder: Path, **limits: Any) -> Iterator[Listening]:
     """The service of a run, in threads of this process."""
     bounds = Limits(**{"per_minute": 100_000, "burst": 100_000, **limits})
     engine = engine_of(folder, bounds)
-    service = build(engine, (TOKEN, OTHER_TOKEN), bounds)
-    server = make_server(service, Address("127.0.0.1", 0))
+    with running(build(engine, (TOKEN, OTHER_TOKEN), bounds)) as server:
+        yield Listening(server, engine)
+
+
+@contextlib.contextmanager
+def running(service: Service, address: Address = LOCAL) -> Iterator[uvicorn.Server]:
+    """A service in threads of this process, once it listens."""
+    server = make_server(service, address)
     thread = threading.Thread(target=server.run)
     service.worker.start()
     thread.start()
@@ -118,18 +128,35 @@ def listening(folder: Path, **limits: Any) -> Iterator[Listening]:
         while not server.started:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        yield Listening(server, engine)
+        yield server
     finally:
         server.should_exit = True
         thread.join()
         service.worker.stop()
 
 
+@contextlib.contextmanager
+def answering(
+    answer: bytes = b"", tokens: Sequence[str] = (TOKEN,), address: Address = LOCAL, work: float = 0, **limits: Any
+) -> Iterator[tuple[str, int]]:
+    """The host and port of a service without a model that answers every right request, after seconds of work."""
+
+    def carry_out(batch: Sequence[asks.Ask]) -> list[bytes]:
+        time.sleep(work)
+        return [answer] * len(batch)
+
+    counted, bounds = Metrics(), Limits(**{"per_minute": 100_000, "burst": 100_000, **limits})
+    worker = Worker(carry_out, bounds.waiting, bounds.batch, counted)
+    with running(Service(frame(), bounds, tokens, worker, counted), address) as server:
+        host, port = server.servers[0].sockets[0].getsockname()[:2]
+        yield host, port
+
+
 def frame(**changes: Any) -> Frame:
     """What a made-up service can be asked."""
     known: dict[str, Any] = {
         "fingerprint": FINGERPRINT,
-        "shapes": Shapes((4, 3), (1, 2, 2), 50),
+        "shapes": Shapes((4, 3), (1, 2, 2), 50, (16, 16, 1)),
         "clusters": (0, 2),
         "has_global": True,
         "centroids": {0: torch.eye(5)[0].double().numpy(), 2: torch.eye(5)[1].double().numpy()},

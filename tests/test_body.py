@@ -68,6 +68,8 @@ def test_what_was_written_is_read_and_safetensors_reads_it_too() -> None:
         made({"x": told([1] * 9, 0, 4)}, bytes(4)),
         made({"x": told([2**40], 0, 2**42)}, bytes(4)),
         made({"x": told([2**47, 2**47], 0, 4)}, bytes(4)),
+        made({"x": told([2**47, 2**47, 0], 0, 0)}),
+        made({"x": told([0, 2**47, 2], 0, 0)}),
         made({"x": told([1], 0, 8)}, bytes(8)),
         made({"x": told([1], 4, 8)}, bytes(8)),
         made({"x": told([1], 0, 4)}, bytes(8)),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -39,7 +40,7 @@ from fedgen_app.tasks._denoiser import predict
 from fedgen_app.tasks._objective import denoising_loss
 from fedgen_app.tasks._pictures import Reference
 from fedgen_app.tasks._pipeline import Pipeline
-from fedgen_app.tasks._sampling import generate, pass_seconds
+from fedgen_app.tasks._sampling import _scheduler, generate, pass_seconds
 from fedgen_app.tasks.diffusion import TASK
 
 STEPS = 100  # of the tiny pipelines' schedules
@@ -327,6 +328,24 @@ def test_stable_diffusion_draws_as_diffusers_own_pipeline(sampler: str) -> None:
         texts, num_inference_steps=4, guidance_scale=3.0, latents=start, height=16, width=16, output_type="np"
     ).images
     assert abs(generate(backbone, texts, 3, options(guidance=3.0, sampler=sampler)) - expected * 255).max() <= 0.6
+
+
+@pytest.mark.parametrize("length", [200, 1000])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver"])
+def test_every_count_of_steps_is_that_many_timesteps_down_from_the_last(sampler: Any, length: int) -> None:
+    schedule = {"num_train_timesteps": length}
+    pipeline: Any = SimpleNamespace(schedule=schedule, has_vae=False, noise=range(length), device="cpu")
+    for count in range(1, 101):
+        scheduler = _scheduler(pipeline, options(steps=count, sampler=sampler))
+        even = length - np.arange(count) * length / count - 1
+        assert scheduler.timesteps.shape == (count,) and np.abs(scheduler.timesteps.numpy() - even).max() <= 0.51
+        assert scheduler.num_inference_steps == count
+        if sampler == "dpm-solver":
+            assert len(scheduler.sigmas) == count + 1 and scheduler.sigmas[-1] == 0 < scheduler.sigmas[-2]
+            current = torch.ones(1, 1, 2, 2)
+            for timestep in scheduler.timesteps:  # in the order in which the solver itself counts its steps
+                current = scheduler.step(torch.zeros_like(current), timestep, current).prev_sample
+            assert current.isfinite().all()
 
 
 def test_more_steps_than_the_schedule_has_are_all_of_them() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from helpers import command, federate, results, sentences, tiny_config, workspace
+from helpers import command, federate, make_llama, results, sentences, tiny_config, workspace
 from PIL import Image
 from pipelines import tiny_pipeline
 
+import fedgen_assets
+from fedgen_app.learning.encoder import open_encoder
 from fedgen_app.settings import Value
 
 KEY = b"0123456789abcdef0123456789abcdef"
@@ -117,6 +120,7 @@ def test_a_key_in_use_leaves_explicit_weights_to_those_without_it(secret: tuple[
         (["--mix", "0:1", "--mix", "1:1", "--prompt", "the sea"], "2 of them for 1 --prompt"),
         (["--mix", "0:1", "--cluster", "0"], "exclude each other"),
         (["--mix", "0:1", "--cluster-key", "key"], "serves --mix auto alone"),
+        (["--mix", "0:1", "--cluster-encoder", "folder"], "--cluster-encoder folder: serves --mix auto alone"),
         (["--mix", "auto", "--cluster-key", "/nowhere/key"], "cluster key /nowhere/key"),
     ],
 )
@@ -134,6 +138,24 @@ def test_a_run_without_clusters_or_without_prompts_is_refused(tmp_path: Path) ->
     ended = command("generate", tmp_path / "truth", "--mix", "auto", "--prompt", "the sea")
     assert ended.status == 2 and "do not come from prompts" in ended.err
     assert command("generate", tmp_path / "truth", "--mix", "0:1,1:1", "--prompt", "the sea", "--length=1").status == 0
+
+
+def test_the_encoder_may_lie_elsewhere_on_a_device(tmp_path: Path) -> None:
+    there, here = (tmp_path / name for name in ("server", "device"))
+    for folder in (there, here):
+        shutil.copytree(fedgen_assets.path("language"), folder)
+    federate(tiny_config(tmp_path / "run", **{**THREE, "num_server_rounds": 1, "clusters__encoder": str(there)}), 3)
+    asked: list[str | Path] = ["generate", tmp_path / "run", "--mix", "auto", "--prompt", "the sea", "--length", "1"]
+    known = command(*asked)
+    assert known.status == 0, known.err
+    shutil.rmtree(there)
+    open_encoder.cache_clear()
+    lost = command(*asked)
+    assert lost.status == 3 and f"clusters.encoder = '{there}'" in lost.err
+    found = command(*asked, "--cluster-encoder", here)
+    assert found.status == 0 and shares(found.err) == shares(known.err), found.err
+    other = command(*asked, "--cluster-encoder", make_llama(tmp_path / "other"))
+    assert other.status == 2 and "another encoder" in other.err
 
 
 def test_images_of_mixtures_come_in_one_batch(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_split_generation_equals_the_unsplit_one(learns_text: bool, tmp_path: 
         made = {}
         for name, options in {
             "here": ["--cluster", "1"],
-            "there": ["--cluster", "1", "--mix", "1:1", "--via", service.url],
+            "there": [*["--cluster", "1"] * learns_text, "--mix", "1:1", "--via", service.url],
             "split": ["--cluster", "1", "--mix", "1:1", "--via", service.url, "--split", "2"],
             "late": ["--cluster", "1", "--mix", "1:1", "--via", service.url, "--split", "5"],
             "own": ["--client", "0", "--mix", "1:1", "--via", service.url, "--split", "2"],
@@ -136,6 +136,11 @@ def test_what_a_device_asks_wrongly_or_of_nobody_is_told(images: Listening, monk
         (["--via", images.url, "--ca", "/nowhere"], 2, "--ca /nowhere"),
         (["--via", images.url, "--token-file", "/nowhere"], 2, "--token-file /nowhere"),
         (["--via", images.url, "--client", "0", "--cluster", "1"], 2, "exclude each other"),
+        (["--via", images.url, "--client", "nobody"], 2, "--client nobody: without --split"),
+        (["--via", images.url, "--cluster", "1"], 2, "--cluster 1: without --split"),
+        (["--via", images.url, "--adapter", "x"], 2, "--adapter x: without --split"),
+        (["--via", images.url, "--mix", "0:1", "--cluster-encoder", "e"], 2, "serves --mix auto alone"),
+        (["--via", images.url, "--cluster-encoder", "/nowhere"], 3, "clusters.encoder = '/nowhere'"),
         (["--via", images.url, "--mix", "7:1"], 3, "HTTP 422"),
         (["--via", images.url, "--mix", "0:1", "--mix", "auto"], 2, "either auto for all prompts, or weights"),
         (["--via", images.url, "--mix", "0:1", "--cluster-key", "k"], 2, "serves --mix auto alone"),

@@ -42,6 +42,16 @@ def test_a_cut_anywhere_changes_nothing(kind: str, guidance: float, split: int) 
     assert not torch.allclose(half, done, atol=0.01)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver"])
+def test_a_count_of_steps_that_floats_miss_is_kept(sampler: str) -> None:
+    settings, backbone = image_settings("text", samples__steps=29, samples__sampler=sampler), loud("text")
+    (whole,) = TASK.sample(settings, backbone, TEXTS[:1], 11)
+    reached = STAGES.noise(settings, backbone, 1, 11)
+    for begin, end in ((0, 20), (20, 29)) if sampler == "ddim" else ((0, 29),):
+        reached = STAGES.advance(settings, backbone, STAGES.encode(backbone, TEXTS[:1]), reached, begin, end)
+    assert np.abs(whole.content.astype(int) - STAGES.finish(backbone, reached)[0]).max() <= 1
+
+
 def test_pictures_survive_their_packing() -> None:
     for kind, channels in (("text", 1), ("latent", 3)):
         settings, backbone = image_settings(kind), open_backbone(image_settings(kind))

@@ -37,6 +37,10 @@ def generate(
     cluster_key: Annotated[
         Path | None, typer.Option(help="With --mix auto: the key that the run's devices share, where they have one.")
     ] = None,
+    cluster_encoder: Annotated[
+        str,
+        typer.Option(metavar="FOLDER", help="Likewise: where the encoder that the run names lies on this device."),
+    ] = "",
     frozen: Annotated[bool, typer.Option("--frozen", help="With no adapter.")] = False,
     adapter: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="With the adapter in this folder, such as a device's own.")
@@ -76,8 +80,17 @@ def generate(
     asked = settings.sampling(**{key: value for key, value in (("length", length), ("steps", steps)) if value})
     wanted = mixing.asked(folder / "clusters", mix, prompts) if mix and not via else []
     far = remote.asked(via, split, token_file, ca, mix or [], prompts, asked)
-    if cluster_key is not None and None not in (far.mixes if far else wanted):
-        raise SettingsError(f"--cluster-key {cluster_key}: serves --mix auto alone")
+    by_prompt = None in (far.mixes if far else wanted)
+    for option, value in (("--cluster-key", cluster_key), ("--cluster-encoder", cluster_encoder)):
+        if value and not by_prompt:
+            raise SettingsError(f"{option} {value}: serves --mix auto alone")
+    if far and not remote.needs_adapter(far, settings):
+        for option, named in (("--client", client), ("--cluster", cluster), ("--adapter", adapter)):
+            if named:
+                raise SettingsError(
+                    f"{option} {named}: without --split this device has no part with an adapter of its own; --mix says "
+                    "which ones the service uses"
+                )
     file = adapter / "adapter_model.safetensors" if adapter else adapter_file(folder, client, cluster)
     needed = bool(adapter) or not frozen and (remote.needs_adapter(far, settings) if far else not mix)
     if needed and not file.is_file():
@@ -96,14 +109,14 @@ def generate(
     drawn = settings.seed if seed is None else seed
     arguments = (asked, opened, texts, drawn)
     if mix and not far:
-        mixtures = _mixtures(settings, task, opened, own, wanted, folder / "clusters", cluster_key)
+        mixtures = _mixtures(settings, task, opened, own, wanted, folder / "clusters", cluster_key, cluster_encoder)
         samples = _mixed(*arguments, task, [m for m in mixtures for _ in range(count)], folder / "clusters")
     else:
         if needed:
             adapters.write(opened.model, adapters.load_adapter(file))
         with opened.model.disable_adapter() if frozen else contextlib.nullcontext():
             if far:
-                samples = far.samples(asked, task, opened, own, count, drawn, cluster_key)
+                samples = far.samples(asked, task, opened, own, count, drawn, cluster_key, cluster_encoder)
             else:
                 samples = task.sample(*arguments)
     _put(task, samples, output)
@@ -132,6 +145,7 @@ def _mixtures(
     wanted: Sequence[dict[int, float] | None],
     folder: Path,
     key_file: Path | None,
+    encoder: str,
 ) -> list[Mixture]:
     """One per text; said in a line each."""
     from fedgen_app.federation.hybrid import mixtures_for
@@ -141,7 +155,7 @@ def _mixtures(
     each = list(wanted) * len(texts) if len(wanted) == 1 else list(wanted)
     by_prompt = [text for text, weights in zip(texts, each, strict=True) if weights is None]
     key = read_key(key_file) if key_file else b""
-    found = iter(mixtures_for(settings, task, backbone, by_prompt, folder, key) if by_prompt else ())
+    found = iter(mixtures_for(settings, task, backbone, by_prompt, folder, key, encoder) if by_prompt else ())
     mixtures = [next(found) if weights is None else Mixture.of(weights) for weights in each]
     for text, mixture in zip(texts, mixtures, strict=True):
         typer.echo(f"{text!r}: {mixture}" if text else str(mixture), err=True)

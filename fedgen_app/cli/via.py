@@ -43,6 +43,7 @@ class Via:
         count: int,
         seed: int,
         key_file: Path | None,
+        encoder: str,
     ) -> list[Sample]:
         """So many of each text, with the adapter that is in the model as the device's part.
 
@@ -54,7 +55,7 @@ class Via:
 
         key = read_key(key_file) if key_file else b""
         each = self.mixes * len(texts) if len(self.mixes) == 1 else self.mixes
-        choice = Choice.of(settings, task, backbone, texts, each, key)
+        choice = Choice.of(settings, task, backbone, texts, each, key, encoder)
         with connected(self.url, self.ca) as client:
             remote = Remote(client, self.url.rstrip("/"), self.token, backbone.fingerprint)
             if task.stages is not None and task.stages.hides(backbone):

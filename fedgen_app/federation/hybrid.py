@@ -60,11 +60,14 @@ def likened(vector: Numbers, centres: Mapping[int, Numbers], temperature: float)
     return Mixture.of(attention({c: float(vector @ centre) for c, centre in centres.items()}, temperature))
 
 
-def turned(settings: Settings, task: Task, backbone: Backbone, texts: Sequence[str], key: bytes) -> tuple[Numbers, str]:
+def turned(
+    settings: Settings, task: Task, backbone: Backbone, texts: Sequence[str], key: bytes, encoder: str = ""
+) -> tuple[Numbers, str]:
     """Prompts as the run's devices encode them, but without noise, (texts, width), and the mark of their space.
 
     Args:
         key: The secret of the devices, where they have one.
+        encoder: This device's own place of the encoder that ``clusters.encoder`` names.
 
     Raises:
         SettingsError: there is no text to go by.
@@ -72,19 +75,25 @@ def turned(settings: Settings, task: Task, backbone: Backbone, texts: Sequence[s
     """
     if not all(text.strip() for text in texts):
         raise SettingsError(f"--mix auto: there is no prompt to go by; name one with --prompt, or {EXPLICIT}")
-    rows = encode(settings, task, backbone, texts)
+    rows = encode(settings, task, backbone, texts, encoder)
     width = rows.shape[1]
-    return rows @ rotation(key, width).T if key else rows, space_of(mark_of(settings, backbone), key, width)
+    return rows @ rotation(key, width).T if key else rows, space_of(mark_of(settings, backbone, encoder), key, width)
 
 
 def mixtures_for(
-    settings: Settings, task: Task, backbone: Backbone, texts: Sequence[str], folder: Path, key: bytes = b""
+    settings: Settings,
+    task: Task,
+    backbone: Backbone,
+    texts: Sequence[str],
+    folder: Path,
+    key: bytes = b"",
+    encoder: str = "",
 ) -> list[Mixture]:
     """The mixture that suits each prompt: encoded as the run's devices encode, without noise.
 
     Args:
         folder: ``clusters`` of the run folder.
-        key: The secret of the devices, where they have one.
+        key, encoder: As in ``turned``.
 
     Raises:
         SettingsError: the run was not clustered by prompts, there is no text to go by, or the prompts' directions are
@@ -92,7 +101,7 @@ def mixtures_for(
         DataError: a prompt has no direction.
     """
     centres, space = centroids_of(folder)
-    rows, own = turned(settings, task, backbone, texts, key)
+    rows, own = turned(settings, task, backbone, texts, key, encoder)
     if own != space:
         secret = "the devices turned what they sent with a secret key, or used another encoder; with --cluster-key FILE"
         why = "the devices of this run have another key or encoder" if key else f"{secret} a device can"

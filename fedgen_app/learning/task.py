@@ -136,11 +136,13 @@ class Shapes:
         prompt: Of one encoded prompt.
         latent: Of one half-finished thing.
         steps: More of them than this there are not.
+        content: Of one finished thing, in bytes.
     """
 
     prompt: tuple[int, ...]
     latent: tuple[int, ...]
     steps: int
+    content: tuple[int, ...]
 
 
 class Advance(Protocol):

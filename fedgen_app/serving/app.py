@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedgen_app.errors import ServiceError
+from fedgen_app.fleet.spec import is_loopback
 from fedgen_app.serving import asks, body, metrics
 from fedgen_app.serving.asks import Frame, Kind
 from fedgen_app.serving.guard import Buckets, Limits, holder
@@ -24,6 +28,8 @@ from fedgen_app.serving.worker import Worker
 log = logging.getLogger(__name__)
 DRAINED = 4 * 1024**2  # bytes of a refused body that are still read, so that its sender sees why it was refused
 PNG = "image/png"
+PIECE = 64 * 1024  # bytes of an answer that are sent at once
+HELD = "fedgen.held"  # of a request's scope: what is let go of when its answer is sent
 
 
 @dataclass
@@ -46,8 +52,11 @@ class Service:
         """Whose token the request has.
 
         Raises:
-            ServiceError: 401: nobody's.
+            ServiceError: 401: nobody's; 421: without tokens, it was sent to a name that is not this machine's
+                loopback, as by a page in a browser that has such a name lead here.
         """
+        if not self.tokens and not _means_loopback(request.headers.get("host", "")):
+            raise ServiceError(421, "without tokens this service answers to localhost and loopback addresses alone")
         found = holder(request.headers.get("authorization", ""), self.tokens)
         if found is None:
             raise ServiceError(401, "a bearer token of this service is needed")
@@ -65,6 +74,7 @@ class Service:
         if self.arriving >= self.limits.arriving:
             raise LaterError("too many requests at once", 1.0)
         self.arriving += 1
+        request.scope[HELD].callback(self._leave)
         began = time.perf_counter()
         try:
             data = await self._body(request)
@@ -73,11 +83,12 @@ class Service:
             found = await asyncio.wait_for(waiting, self.limits.patience)
         except TimeoutError:
             raise ServiceError(503, f"not done in {self.limits.patience:g} seconds") from None
-        finally:
-            self.arriving -= 1
         self.counted.add("request_seconds_total", time.perf_counter() - began)
         self.counted.add("sent_bytes_total", len(found))
-        return Response(found, media_type=PNG if kind == "images" else body.MEDIA_TYPE)
+        return Answer(found, media_type=PNG if kind == "images" else body.MEDIA_TYPE)
+
+    def _leave(self) -> None:
+        self.arriving -= 1
 
     async def _body(self, request: Request) -> bytes:
         most, said = self.frame.most_bytes, request.headers.get("content-length", "0")
@@ -105,9 +116,54 @@ class LaterError(ServiceError):
         self.wait = math.ceil(wait)
 
 
+class Answer(Response):
+    """Sent in pieces, each when there is room for it: what is not read stays counted, and is not copied again."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Until the last piece is taken, or nobody is there any more."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for first in range(0, len(self.body), PIECE):
+            piece = self.body[first : first + PIECE]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class Around:
+    """Around all handlers, until the answer is sent: then a request's place is free again.
+
+    An error that no handler knows is a 500 and a line with its type. Starlette would hand it on to uvicorn, whose log
+    would have its text, and where the files of this machine lie.
+    """
+
+    def __init__(self, app: ASGIApp, counted: Metrics) -> None:
+        self.app, self.counted = app, counted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, whatever happens."""
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            with contextlib.ExitStack() as scope[HELD]:
+                await self.app(scope, receive, sending)
+        except Exception as error:  # whatever one request runs into, it is told without a word of the request
+            kind = type(error).__name__
+            log.error("a request failed: %s", kind)
+            self.counted.add("requests_total", labels={"path": _counted(scope["path"]), "status": 500})
+            if not begun:
+                await JSONResponse({"error": f"the request could not be carried out: {kind}"}, 500)(
+                    scope, receive, send
+                )
+
+
 def make_app(service: Service) -> FastAPI:
     """The routes; no page that describes them, as nobody is to look around."""
     app = FastAPI(title="FedGen-Edge", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Around, counted=service.counted)
 
     @app.get("/health")
     async def health() -> Response:
@@ -131,9 +187,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(ServiceError)
     async def refuse(request: Request, error: ServiceError) -> Response:
-        path = request.url.path.removeprefix("/v1/")
-        counted = path if path in asks.KINDS else "other"  # a path is a client's text
-        service.counted.add("requests_total", labels={"path": counted, "status": error.status})
+        service.counted.add("requests_total", labels={"path": _counted(request.url.path), "status": error.status})
         await _drain(request)
         headers = (
             {"Retry-After": str(error.wait if isinstance(error, LaterError) else 1)} if error.status == 429 else {}
@@ -147,6 +201,20 @@ def make_app(service: Service) -> FastAPI:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     return app
+
+
+def _means_loopback(host: str) -> bool:
+    """Whether a Host header, with or without a port, names this machine's loopback."""
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:  # no address at all
+        return False
+
+
+def _counted(path: str) -> str:
+    """Under what a path is counted: it is a client's text."""
+    kind = path.removeprefix("/v1/")
+    return kind if kind in asks.KINDS else "other"
 
 
 async def _drain(request: Request) -> None:

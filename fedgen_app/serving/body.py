@@ -20,6 +20,7 @@ FACTS = "__metadata__"
 LENGTH = 8  # bytes in front, which say how long the header is
 MOST_HEADER = 16 * 1024  # bytes: a handful of tensors and facts
 MOST_AXES = 8
+MOST_NUMBERS = 2**48  # of an offset, and of a shape with its zeros left out: torch multiplies without looking at zeros
 MEDIA_TYPE = "application/octet-stream"
 
 
@@ -101,10 +102,12 @@ def _place(entry: tuple[str, Any]) -> tuple[int, int, str, tuple[int, ...], torc
         raise MalformedError(f"a tensor's dtype should be one of {', '.join(DTYPES)}")
     if not _counts(shape) or len(shape) > MOST_AXES or not _counts(offsets) or len(offsets) != 2:
         raise MalformedError("a tensor's shape or place makes no sense")
+    if math.prod(size for size in shape if size) >= MOST_NUMBERS:
+        raise MalformedError("a tensor's shape is too large")
     return offsets[0], offsets[1], name, tuple(shape), DTYPES[dtype]
 
 
 def _counts(value: object) -> bool:
     """Whether it is a list of numbers of things."""
     whole = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
-    return whole and all(0 <= n < 2**48 for n in value)  # type: ignore[attr-defined]
+    return whole and all(0 <= n < MOST_NUMBERS for n in value)  # type: ignore[attr-defined]

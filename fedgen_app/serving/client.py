@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor
 from fedgen_app.errors import DataError, ServiceError
 from fedgen_app.federation.hybrid import turned
 from fedgen_app.learning import mixture
-from fedgen_app.learning.adapters import Adapter
+from fedgen_app.learning.adapters import Adapter, at_rank
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.mixture import Mixture
 from fedgen_app.learning.task import Sample, Shapes, Stages, Task
@@ -23,7 +24,8 @@ from fedgen_app.serving.asks import Kind
 from fedgen_app.settings import Settings
 
 MOST_ADAPTER_HEADER = 8 * 1024**2  # bytes: two keys for each layer of a large model
-MOST_ANSWER = 4 * 1024**3  # bytes
+MOST_ERROR = 4096  # bytes of an answer that refuses
+MOST_CLUSTERS = 256  # of which one adapter is mixed, where the settings do not say how many there are
 TRIES = 5  # times that a busy service is asked
 LONGEST_WAIT = 60.0  # seconds between them
 TIMEOUTS = httpx.Timeout(330.0, connect=10.0)  # a little more than a service's own patience
@@ -45,20 +47,19 @@ class Remote:
     sent: int = field(default=0, init=False)
     received: int = field(default=0, init=False)
 
-    def post(
-        self, kind: Kind, tensors: Mapping[str, Tensor], facts: Mapping[str, str], most: int = MOST_ANSWER
-    ) -> bytes:
+    def post(self, kind: Kind, tensors: Mapping[str, Tensor], facts: Mapping[str, str], most: int) -> bytes:
         """The answer's body; asked again where the service is busy.
 
         Raises:
             ServiceError: it refuses, or there is no answer, or one of more than ``most`` bytes.
         """
         content = body.write(tensors, {**facts, asks.BACKBONE: self.fingerprint})
-        headers = {"Content-Type": body.MEDIA_TYPE} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
+        headers = {"Content-Type": body.MEDIA_TYPE, "Accept-Encoding": "identity"}
+        headers |= {"Authorization": f"Bearer {self.token}"} if self.token else {}
         for last in (False,) * (TRIES - 1) + (True,):
             self.sent += len(content)
             try:
-                status, found, later = self._once(kind, content, headers)
+                status, found, later = self._once(kind, content, headers, most)
             except httpx.TransportError as error:
                 raise ServiceError(0, f"{self.url}: {error or type(error).__name__}") from None
             if status == 200:
@@ -69,14 +70,16 @@ class Remote:
             time.sleep(later)
         raise AssertionError("unreachable")
 
-    def _once(self, kind: Kind, content: bytes, headers: Mapping[str, str]) -> tuple[int, bytes, float]:
+    def _once(self, kind: Kind, content: bytes, headers: Mapping[str, str], most: int) -> tuple[int, bytes, float]:
         found = bytearray()
         url = f"{self.url}/v1/{kind}"
         with self.client.stream("POST", url, content=content, headers=headers, timeout=TIMEOUTS) as answer:
-            for piece in answer.iter_bytes():
+            for piece in answer.iter_raw():  # never unpacked: what it would become has no bound
                 found += piece
-                if len(found) > MOST_ANSWER:
-                    raise ServiceError(0, f"{self.url}: an answer of more than {MOST_ANSWER} bytes")
+                if answer.status_code != 200 and len(found) >= MOST_ERROR:
+                    break
+                if len(found) > most:
+                    raise ServiceError(0, f"{self.url}: an answer of more than {most} bytes")
         self.received += len(found)
         wait = answer.headers.get("Retry-After", "1")
         return answer.status_code, bytes(found), min(float(wait) if wait.isdecimal() else 1.0, LONGEST_WAIT)
@@ -98,8 +101,12 @@ class Choice:
         texts: Sequence[str],
         mixes: Sequence[Mapping[int, float] | None],
         key: bytes,
+        encoder: str = "",
     ) -> Choice:
         """From explicit weights for each text, or from the texts, encoded and turned here (None for each).
+
+        Args:
+            encoder: As in ``turned``.
 
         Raises:
             SettingsError: there is no text to go by.
@@ -112,7 +119,7 @@ class Choice:
             return cls({asks.CLUSTERS: torch.tensor(named), asks.WEIGHTS: torch.tensor(rows, dtype=torch.float64)})
         if not mixes:
             return cls()
-        vectors, space = turned(settings, task, backbone, texts, key)
+        vectors, space = turned(settings, task, backbone, texts, key, encoder)
         return cls({asks.VECTOR: torch.from_numpy(vectors).float()}, {asks.SPACE: space})
 
     def rows(self, numbers: Sequence[int]) -> Mapping[str, Tensor]:
@@ -153,10 +160,13 @@ def draw(
     tensors = {asks.PROMPT: encoded, **choice.rows(places)}
     try:
         if not split:
-            data = remote.post("images", tensors, facts)
+            # A PNG of noise is a little larger than its pixels.
+            most = body.MOST_HEADER + 2 * len(places) * math.prod(shapes.content)
+            data = remote.post("images", tensors, facts, most)
             contents = stages.unpack(settings, backbone, data, len(places))
         else:
-            data = remote.post("latents", tensors, facts | {asks.DONE: str(split)})
+            most = body.LENGTH + body.MOST_HEADER + 4 * len(places) * math.prod(shapes.latent)
+            data = remote.post("latents", tensors, facts | {asks.DONE: str(split)}, most)
             half = _latents(data, shapes, len(places), split)
             here = settings.sampling(sampler="ddim", steps=steps)
             contents = stages.finish(backbone, stages.advance(here, backbone, encoded, half, split, steps))
@@ -192,23 +202,36 @@ def write_with(
         AdapterError: the adapter does not fit the backbone.
     """
     each = [choice.rows([number]) for number in range(len(texts))] if choice.tensors else [choice.tensors]
-    parts = {number: fetch(remote, backbone, rows, choice.facts) for number, rows in enumerate(each)}
+    parts = {number: fetch(remote, settings, backbone, rows, choice.facts) for number, rows in enumerate(each)}
     places = [number for number in range(len(texts)) for _ in range(count)]
     alone = [Mixture.of({place if choice.tensors else 0: 1.0}) for place in places]
     with mixture.active(backbone.model, parts, alone) as rows:
         return task.sample(settings, backbone, [texts[place] for place in places], seed, rows)
 
 
-def fetch(remote: Remote, backbone: Backbone, rows: Mapping[str, Tensor], facts: Mapping[str, str]) -> Adapter:
+def fetch(
+    remote: Remote, settings: Settings, backbone: Backbone, rows: Mapping[str, Tensor], facts: Mapping[str, str]
+) -> Adapter:
     """The mixed adapter of one prompt.
 
     Raises:
         ServiceError: the service refuses, or answers something else than an adapter that is scaled as this run's.
     """
     try:
-        adapter, told = body.read(remote.post("adapters", rows, facts), MOST_ADAPTER_HEADER)
+        data = remote.post("adapters", rows, facts, most_of_adapter(settings, backbone, rows))
+        adapter, told = body.read(data, MOST_ADAPTER_HEADER)
     except body.MalformedError as error:
         raise ServiceError(0, f"{remote.url}: no adapter: {error}") from None
     if told != asks.scaled(backbone) or any(tensor.dtype != torch.float32 for tensor in adapter.values()):
         raise ServiceError(0, f"{remote.url}: an adapter of another run than these settings are of")
     return adapter
+
+
+def most_of_adapter(settings: Settings, backbone: Backbone, rows: Mapping[str, Tensor]) -> int:
+    """Bytes that a mixed adapter can have: so many clusters' ranks, residuals included, side by side."""
+    clusters = len(rows[asks.CLUSTERS]) if asks.CLUSTERS in rows else 1
+    if asks.VECTOR in rows:
+        clusters = settings.clusters.count if settings.clusters.choose == "count" else MOST_CLUSTERS
+    rank = clusters * (settings.lora.rank + settings.aggregation.residual_rank)
+    numbers = sum(math.prod(shape) for _, shape in at_rank(backbone.layout, rank))
+    return body.LENGTH + MOST_ADAPTER_HEADER + 4 * numbers

@@ -26,11 +26,14 @@ class Limits:
         steps: Of one image.
         batch: Images of one forward pass.
         waiting: Requests that wait for the worker.
-        arriving: Requests whose bodies are being read.
+        arriving: Requests in work, from the first byte of their bodies to when their answers are read.
+        alike: Connections of one address.
         per_minute: Requests of one client that come back to its bucket.
         burst: Requests that a full bucket holds.
+        head: Seconds that a connection may take to say what it wants.
         seconds: That a body may take to arrive.
-        patience: Seconds that a request may take in all.
+        patience: Seconds that a request may take until it is answered.
+        reading: Seconds that a device may take to read the answer.
     """
 
     images: int = 8
@@ -38,10 +41,13 @@ class Limits:
     batch: int = 16
     waiting: int = 64
     arriving: int = 256
+    alike: int = 1024
     per_minute: int = 60
     burst: int = 20
+    head: float = 10.0
     seconds: float = 30.0
     patience: float = 300.0
+    reading: float = 120.0
 
 
 def read_tokens(file: Path | None, variable: str) -> tuple[str, ...]:

@@ -19,7 +19,10 @@ COUNTERS = {
     "busy_seconds_total": "Seconds in which the worker computed.",
     "request_seconds_total": "Seconds of carried-out requests, waiting included.",
 }
-GAUGES = {"waiting": "Requests that wait for the worker.", "open": "Requests in work, bodies still coming included."}
+GAUGES = {
+    "waiting": "Requests that wait for the worker.",
+    "open": "Requests in work, bodies that still come and answers that are not read yet included.",
+}
 
 
 @dataclass

@@ -13,6 +13,7 @@ import uvicorn
 
 from fedgen_app.errors import RunError
 from fedgen_app.serving.app import Service, make_app
+from fedgen_app.serving.connection import Connection
 from fedgen_app.serving.engine import Engine
 from fedgen_app.serving.guard import Limits
 from fedgen_app.serving.metrics import Metrics
@@ -47,13 +48,17 @@ def build(engine: Engine, tokens: Sequence[str], limits: Limits) -> Service:
 
 def make_server(service: Service, address: Address) -> uvicorn.Server:
     """Uvicorn with nothing of a request in its log."""
+
+    class Bounded(Connection):
+        limits = service.limits
+
     config = uvicorn.Config(
         make_app(service),
         host=address.host,
         port=address.port,
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
-        http="h11",
+        http=Bounded,
         ws="none",
         lifespan="off",
         access_log=False,

@@ -36,7 +36,14 @@ def _scheduler(pipeline: Pipeline, options: SampleSettings) -> Any:
             algorithm_type="dpmsolver++",
             final_sigmas_type="zero",
         )
-    scheduler.set_timesteps(min(options.steps, len(pipeline.noise)), device=pipeline.device)
+    count = min(options.steps, len(pipeline.noise))
+    scheduler.set_timesteps(count, device=pipeline.device)
+    # Diffusers counts down in floats, which for some counts (61 of 1000) goes one timestep too far: to -1.
+    if len(scheduler.timesteps) > count:
+        scheduler.timesteps = scheduler.timesteps[:count]
+        if options.sampler == "dpm-solver":
+            scheduler.sigmas = torch.cat([scheduler.sigmas[:count], scheduler.sigmas[-1:]])
+            scheduler.num_inference_steps = count
     return scheduler
 
 

@@ -28,11 +28,13 @@ def hides(backbone: Backbone) -> bool:
 
 
 def shapes(settings: Settings, backbone: Backbone) -> Shapes:
-    """Hidden states of a prompt, and the denoiser's input."""
+    """Hidden states of a prompt, the denoiser's input, and an image."""
     pipeline = cast(Pipeline, backbone.processor)
     side = pipeline.side_for(settings.resolution)
     prompt = tuple(encode(backbone, [""]).shape[1:])
-    return Shapes(prompt, (pipeline.channels, side, side), len(pipeline.noise))
+    pixels = settings.resolution or pipeline.resolution
+    image = (pixels, pixels, pipeline.image_channels)
+    return Shapes(prompt, (pipeline.channels, side, side), len(pipeline.noise), image)
 
 
 @torch.inference_mode()
