@@ -97,11 +97,11 @@ class Placement:
         return groups
 
     def _by_prompts(self, number: int, groups: Groups, again: bool) -> Groups:
-        (vectors, space), wanted = self._vectors(), self.settings.clusters
+        (vectors, space), wanted = self._vectors(groups), self.settings.clusters
         if not groups.clustered and wanted.noise:
             spent = epsilon(wanted.noise, wanted.delta)
             self._report("noise", sigma=wanted.noise, epsilon=spent, delta=wanted.delta)
-        if not groups.clustered or again:
+        if not groups.clustered or (again and vectors):
             clients = tuple(in_order(vectors))
             rows = np.stack([vectors[client] for client in clients])
             divided = self.divide(number, groups, Seen(clients, rows @ rows.T))
@@ -113,27 +113,38 @@ class Placement:
         where |= {client: clustering.nearest(vectors[client], groups.centroids) for client in fresh}
         return self._moved(number, groups, where)
 
-    def _vectors(self) -> tuple[dict[ClientId, Numbers], str]:
-        """The encoded requirements that can be compared: those of the space in which most clients are, and its mark.
+    def _vectors(self, groups: Groups) -> tuple[dict[ClientId, Numbers], str]:
+        """The encoded requirements that can be compared, and the mark of their space.
+
+        It is that of the centroids, whoever comes later; before there are any, the one in which most clients are. A
+        mark should tell the width as well (``requirement.space_of``), but it is the client that says so.
 
         Raises:
-            RunError: nobody sent one.
+            RunError: nobody sent one, and there are no clusters yet.
         """
         members = self.roster.members
         sent = {client: m.requirement for client, m in members.items() if m.requirement is not None}
-        if not sent:
+        if not sent and not groups.space:
             raise RunError(
                 "clusters.by = 'prompts': no client sent an encoded requirement; a device needs prompts.txt in its "
                 "data folder, or prompts in its node config"
             )
-        counts = Counter(requirement.space for requirement in sent.values())
-        space = max(sorted(counts), key=lambda each: counts[each])
-        for client in in_order(members):
+        found = {client: (requirement.space, len(requirement.vector)) for client, requirement in sent.items()}
+        if groups.space:
+            space, width = groups.space, len(next(iter(groups.centroids.values())))
+        else:
+            counts = Counter(found.values())
+            space, width = max(sorted(counts), key=lambda each: counts[each])
+        for client in in_order(client for client in members if client not in groups.where):
             if client not in sent:
                 self._leave_aside(client, members[client].unplaced)
-            elif sent[client].space != space:
-                self._leave_aside(client, f"another encoder or key than {counts[space]} others have")
-        return {client: sent[client].vector for client in sent if sent[client].space == space}, space
+            elif found[client][0] != space:
+                self._leave_aside(client, "another encoder or key than the clusters are formed with")
+            elif found[client][1] != width:
+                self._leave_aside(
+                    client, f"its requirement has {found[client][1]} numbers, those of the others {width}"
+                )
+        return {client: sent[client].vector for client in sent if found[client] == (space, width)}, space
 
     def _leave_aside(self, client: ClientId, reason: str) -> None:
         if client not in self._told:
