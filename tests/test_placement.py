@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from synthetic import ROOT, random_adapter
 from fedgen_app.errors import RunError
 from fedgen_app.federation.groups import Groups
 from fedgen_app.federation.method import ClientId, GlobalState, Method
-from fedgen_app.federation.placement import Placement
+from fedgen_app.federation.placement import Placement, Seen
 from fedgen_app.federation.roster import Member, Requirement, Roster
 from fedgen_app.settings import Settings, Value, defaults
 
@@ -93,3 +94,52 @@ def test_who_has_a_place_is_not_told_to_have_none() -> None:
 def test_without_any_requirement_there_are_no_clusters() -> None:
     with pytest.raises(RunError, match="no client sent an encoded requirement"):
         Where("prompts", [member(0), member(1)]).placement.before(1, nobody_yet())
+
+
+def seen(clients: list[ClientId], rows: list[list[float]]) -> Seen:
+    vectors = np.array(rows)
+    return Seen(tuple(clients), vectors @ vectors.T)
+
+
+def test_a_cluster_that_is_away_keeps_state_weight_and_centroid() -> None:
+    groups = Where("prompts", FOUR).placement.before(1, nobody_yet())
+    there = Where("prompts", [*FOUR[:2], member(7, [0.9, 0.3, 0.0, 0.0], examples=30)], every=1, choose="threshold")
+    found = there.placement.before(2, resumed(groups))  # 2 and 3 did not come back yet
+    assert found.where == {0: 0, 1: 0, 2: 1, 3: 1, 7: 0} and sorted(found.states) == [0, 1]
+    assert found.examples == {0: 50.0, 1: 20.0}
+    assert found.centroids[1] == pytest.approx(groups.centroids[1]) and set(found.kinship) == set(groups.kinship)
+    there.here(*FOUR)
+    assert there.placement.before(3, found).where == found.where
+
+
+def test_replies_that_are_late_drop_no_cluster() -> None:
+    there = Where("updates", FOUR)
+    groups = there.placement.divide(1, nobody_yet(), seen([0, 1, 2, 3], [LEFT, LEFT, RIGHT, RIGHT]))
+    later = there.placement.divide(2, groups, seen([0, 1], [LEFT, RIGHT]))
+    assert {1, later.where[2], later.where[3]} == {1} and later.states[1] is groups.states[1]
+    assert later.where[0] != later.where[1]
+    assert later.kinship[1, 0] == groups.kinship[1, 0]
+
+
+def test_a_cluster_that_its_members_were_seen_to_leave_is_dropped() -> None:
+    there = Where("updates", FOUR, count=1)
+    groups = nobody_yet()
+    groups = replace(groups, states={0: groups.shared, 1: groups.shared}, clustered=True, free=2)
+    groups = replace(groups, where={0: 0, 1: 0, 2: 1, 3: 1})
+    later = there.placement.divide(2, groups, seen([0, 1, 2], [LEFT, LEFT, LEFT]))
+    assert later.where == {0: 0, 1: 0, 2: 0} and sorted(later.states) == [0]  # 3 is a newcomer when it is back
+
+
+def test_who_chose_and_went_away_still_weighs() -> None:
+    there = Where("loss", FOUR)
+    groups = there.placement.follow(2, there.placement.before(1, nobody_yet()), {0: 0, 1: 0, 2: 1, 3: 1})
+    there.here(*FOUR[:2])
+    later = there.placement.follow(3, resumed(groups), {0: 1})
+    assert later.examples == {0: 10.0, 1: 30.0}
+
+
+def test_the_truth_keeps_the_absent_and_takes_newcomers_to_them() -> None:
+    truth: dict[ClientId, str] = {0: "sea", 1: "sea", 2: "law", 3: "law", 4: "law"}
+    groups = Where("oracle", FOUR, truth).placement.before(1, nobody_yet())
+    there = Where("oracle", [*FOUR[:2], member(4)], truth)
+    assert there.placement.before(2, groups).where == groups.where | {4: groups.where[2]}

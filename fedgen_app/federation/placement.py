@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -152,14 +152,15 @@ class Placement:
             self._report("unplaced", client=client, reason=reason)
 
     def _centred(self, groups: Groups, vectors: Mapping[ClientId, Numbers]) -> Groups:
-        centres = clustering.centroids(vectors, groups.where)
+        known = {cluster: centre for cluster, centre in groups.centroids.items() if cluster in groups.states}
+        centres = known | clustering.centroids(vectors, groups.where)  # of those who are away as they were
         kinship = {(a, b): float(centres[a] @ centres[b]) for a in centres for b in centres}
         return replace(groups, centroids=centres, kinship=kinship)
 
     def _by_truth(self, number: int, groups: Groups) -> Groups:
         if groups.clustered and all(client in groups.where for client in self.roster.members):
             return groups
-        truth, clients = self._truth(), in_order(self.roster.members)
+        truth, clients = self._truth(), in_order({*self.roster.members, *groups.where})
         kinds = sorted({truth[client] for client in clients})
         now = {client: kinds.index(truth[client]) for client in clients}
         names = clustering.matched(groups.where, now, groups.free if groups.clustered else 0)
@@ -193,6 +194,8 @@ class Placement:
     def divide(self, number: int, groups: Groups, seen: Seen) -> Groups:
         """Cluster anew by what was seen; those who were not stay where they were.
 
+        A cluster of which nobody was seen stays too: it has not vanished, its members are late or away.
+
         Raises:
             RunError: there is nobody to tell apart.
         """
@@ -204,12 +207,15 @@ class Placement:
         places = {client: names[label] for client, label in now.items()}
         kinship = {(names[a], names[b]): value for (a, b), value in clustering.similarity(cosine, labels).items()}
         remain = {c: place for c, place in groups.where.items() if c not in places}
-        # Whose cluster nobody was left in would keep it alive alone: better with the rest of a cluster that is there.
-        gone = {place for place in remain.values() if place not in places.values()}
+        # Whose cluster all others were seen to leave would keep it alive alone: better anew, among those who are there.
+        left = {groups.where[client] for client in places if client in groups.where}
+        gone = left - set(places.values())
         remain = {c: place for c, place in remain.items() if place not in gone}
         where = {client: (places | remain)[client] for client in in_order([*places, *remain])}
         self._draw(places, seen.clients, cosine)
-        return replace(self._moved(number, groups, where), kinship=kinship)
+        moved = self._moved(number, groups, where)
+        known = {pair: value for pair, value in groups.kinship.items() if {*pair} <= {*moved.states}}
+        return replace(moved, kinship=known | kinship)
 
     def join(self, number: int, groups: Groups, seen: Seen) -> Groups:
         """Clients without a place get that of the replies which theirs is most like, on average.
@@ -233,22 +239,30 @@ class Placement:
         where = dict(groups.where) | dict(chosen)
         if where == groups.where:
             return groups
-        examples = self._weights(where)
+        counts = self._counts(groups, where)
+        examples = self._weights(counts)
         counted = {c: float(sum(examples[m] for m, p in where.items() if p == c)) for c in groups.states}
-        return replace(groups, where={c: where[c] for c in in_order(where)}, examples=counted)
+        return replace(groups, where={c: where[c] for c in in_order(where)}, examples=counted, counts=counts)
 
     def _moved(self, number: int, groups: Groups, where: Mapping[ClientId, int]) -> Groups:
-        moved = regrouped(groups, where, self._weights(where), self.method, number)
+        counts = self._counts(groups, where)
+        moved = replace(regrouped(groups, where, self._weights(counts), self.method, number), counts=counts)
         self._report("clusters", round=number, clusters={str(c): moved.members(c) for c in sorted(moved.states)})
         return moved
 
-    def _weights(self, clients: Mapping[ClientId, int]) -> dict[ClientId, float]:
-        """Examples of each client as the roll call told them, capped as weights of replies are."""
-        known = [client for client in in_order(clients) if client in self.roster.members]
-        counts = [float(self.roster.members[client].num_examples) for client in known]
-        return dict.fromkeys(clients, 0.0) | dict(
-            zip(known, capped(counts, self.settings.admission.max_weight), strict=True)
-        )
+    def _counts(self, groups: Groups, clients: Iterable[ClientId]) -> dict[ClientId, float]:
+        """Examples of each client as the roll call told them; of one that is away as it did before, else 0."""
+        members = self.roster.members
+        return {
+            client: float(members[client].num_examples) if client in members else groups.counts.get(client, 0.0)
+            for client in in_order(clients)
+        }
+
+    def _weights(self, counts: Mapping[ClientId, float]) -> dict[ClientId, float]:
+        """Counts of examples, capped as weights of replies are; those that nobody knows stay 0."""
+        known = {client: count for client, count in counts.items() if count}
+        most = self.settings.admission.max_weight
+        return {**counts, **dict(zip(known, capped(list(known.values()), most), strict=True))}
 
 
 def products_of_b(updates: Sequence[Update]) -> Numbers:
