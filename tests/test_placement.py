@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from synthetic import ROOT, random_adapter
 
 from fedgen_app.errors import RunError
+from fedgen_app.federation.clustering import cosines
 from fedgen_app.federation.groups import Groups
-from fedgen_app.federation.method import ClientId, GlobalState, Method
-from fedgen_app.federation.placement import Placement, Seen
+from fedgen_app.federation.method import ClientId, GlobalState, Lora, Method, Update
+from fedgen_app.federation.placement import Placement, Seen, products_of_b
 from fedgen_app.federation.roster import Member, Requirement, Roster
+from fedgen_app.learning.adapters import Adapter
 from fedgen_app.settings import Settings, Value, defaults
 
 OURS, THEIRS = "0123456789abcdef", "fedcba9876543210"
@@ -143,3 +146,33 @@ def test_the_truth_keeps_the_absent_and_takes_newcomers_to_them() -> None:
     groups = Where("oracle", FOUR, truth).placement.before(1, nobody_yet())
     there = Where("oracle", [*FOUR[:2], member(4)], truth)
     assert there.placement.before(2, groups).where == groups.where | {4: groups.where[2]}
+
+
+def trained(start: Adapter, towards: Adapter, client: int) -> Update:
+    """A reply: the start and a step."""
+    return Update(client, {key: start[key] + 0.01 * towards[key] for key in start}, 2, 10.0)
+
+
+def test_by_adapters_factors_are_compared_only_until_there_are_clusters() -> None:
+    there, lora = Where("adapters", FOUR).placement, Lora(2, 4.0)
+    begun, one, other = (random_adapter(seed, 2) for seed in range(3))
+    updates = [trained(begun, towards, client) for client, towards in enumerate((one, one, other, other))]
+    first = there.measure(nobody_yet(), updates, [begun] * 4, lora)
+    assert first.products == pytest.approx(products_of_b(updates))
+    # Two clusters later with bases of their own; client 1 has come to want what those of the other cluster do.
+    turn = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(9)))[0]
+    starts = [begun, begun, turned(begun, turn), turned(begun, turn)]
+    wishes = [one, other, turned(other, turn), turned(other, turn)]
+    updates = [trained(start, wish, client) for client, (start, wish) in enumerate(zip(starts, wishes, strict=True))]
+    groups = replace(nobody_yet(), where={0: 0, 1: 0, 2: 1, 3: 1}, clustered=True)
+    cosine = cosines(there.measure(groups, updates, starts, lora).products)
+    assert cosine[1, 2] == pytest.approx(1, abs=1e-4) and cosine[1, 0] < 0.5
+    assert cosines(products_of_b(updates))[1, 0] > 0.99  # what B would say
+
+
+def turned(adapter: Adapter, turn: torch.Tensor) -> Adapter:
+    """The same products B A in another basis."""
+    return {
+        key: torch.einsum("or...,rs->os...", x, turn) if ".lora_B." in key else torch.einsum("rs,r...->s...", turn, x)
+        for key, x in adapter.items()
+    }

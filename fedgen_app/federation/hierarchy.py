@@ -84,7 +84,7 @@ class Hierarchy:
         compared = self.placement.asks_everyone(number, before) or (before.clustered and -1 in home.values())
         if self.settings.clusters.by in BY_REPLIES and compared and updates:
             received = [self.adapter_for(update.client, update.rank) for update in updates]
-            seen = self.placement.measure(updates, received, self.lora)
+            seen = self.placement.measure(before, updates, received, self.lora)
         if seen and not before.clustered:  # all of them started from one state: they can go on in several
             self.groups = self.placement.divide(number, before, seen)
             home = {client: self.groups.where[client] for client in home}

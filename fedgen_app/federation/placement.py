@@ -173,8 +173,11 @@ class Placement:
         count = min(self.settings.clusters.count, len(clients))
         return self._moved(number, groups, {client: place % count for place, client in enumerate(order)})
 
-    def measure(self, updates: Sequence[Update], received: Sequence[Adapter], lora: Lora) -> Seen:
+    def measure(self, groups: Groups, updates: Sequence[Update], received: Sequence[Adapter], lora: Lora) -> Seen:
         """What a round's replies tell of who is alike: of the change of s B A, or by adapters of the factors B.
+
+        Factors are compared as long as all began alike. Those of different clusters have different bases: a client
+        would be most like whoever started where it did, and a newcomer like nobody. Changes of products have none.
 
         Args:
             received: What each of them started from, at its rank.
@@ -183,7 +186,8 @@ class Placement:
             RunError: nothing that the method sends tells it.
         """
         clients = tuple(update.client for update in updates)
-        seen = gram_of_changes(updates, received, lora).numpy() if self._by == "updates" else products_of_b(updates)
+        factors = self._by == "adapters" and not groups.clustered
+        seen = products_of_b(updates) if factors else gram_of_changes(updates, received, lora).numpy()
         if not seen.any():
             raise RunError(
                 f"clusters.by = {self._by!r}: what clients send with method = {self.settings.method} does not tell "
