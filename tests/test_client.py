@@ -64,7 +64,10 @@ def test_a_method_is_checked_against_the_settings() -> None:
 
 @pytest.mark.parametrize(
     ("method", "by", "told"),
-    [("scaffold", "loss", "go to another in every round")],
+    [
+        ("scaffold", "loss", "go to another in every round"),
+        ("rolora", "adapters", "every second round; take 'updates'"),
+    ],
 )
 def test_clusters_that_a_method_cannot_follow_are_refused(method: str, by: str, told: str) -> None:
     with pytest.raises(SettingsError, match=f"clusters.by = '{by}': method = {method} .*{told}"):

@@ -121,6 +121,8 @@ def _cluster_objections(settings: Settings, method: Method) -> list[str]:
             f"{told} has clients keep what belongs to one cluster's tensors, and by loss they may go to another in "
             "every round; take another way, or another method"
         ]
+    if by == "adapters" and settings.method == "rolora":
+        return [f"{told} sends no factor B, which is what is compared, in every second round; take 'updates'"]
     if by == "adapters" and ranks and set(ranks) != {settings.lora.rank}:
         return ["clusters.by = 'adapters': compares factors of one rank, and lora.ranks has several; take 'updates'"]
     return []
