@@ -13,6 +13,7 @@ from synthetic import ROOT, random_adapter
 from fedgen_app.errors import RunError
 from fedgen_app.federation.clustering import cosines
 from fedgen_app.federation.groups import Groups
+from fedgen_app.federation.hierarchy import Hierarchy
 from fedgen_app.federation.method import ClientId, GlobalState, Lora, Method, Update
 from fedgen_app.federation.placement import Placement, Seen, products_of_b
 from fedgen_app.federation.roster import Member, Requirement, Roster
@@ -176,3 +177,13 @@ def turned(adapter: Adapter, turn: torch.Tensor) -> Adapter:
         key: torch.einsum("or...,rs->os...", x, turn) if ".lora_B." in key else torch.einsum("rs,r...->s...", turn, x)
         for key, x in adapter.items()
     }
+
+
+def test_by_loss_a_client_chooses_in_rounds_and_not_again_in_the_end() -> None:
+    there = Where("loss", FOUR, warmup=1)
+    settings = there.placement.settings
+    hierarchy = Hierarchy(settings, Method(), Lora(2, 4.0), nobody_yet(), there.placement)
+    hierarchy.prepare(1)
+    last = settings.num_server_rounds
+    assert [sorted(hierarchy.offers(number, 0)) for number in (1, 2, last, last + 1)] == [[], [0, 1], [0, 1], []]
+    assert sorted(hierarchy.offers(last + 1, "stranger")) == [0, 1]

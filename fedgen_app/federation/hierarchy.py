@@ -62,9 +62,13 @@ class Hierarchy:
         return adapter
 
     def offers(self, number: int, client: ClientId) -> dict[int, GlobalState]:
-        """The clusters that a client chooses from by its loss (IFCA); empty where it is told where it is."""
+        """The clusters that a client chooses from by its loss (IFCA); empty where it is told where it is.
+
+        After the last round it stays where it trained, and its figures are that cluster's.
+        """
         by_loss = self.settings.clusters.by == "loss" and len(self.groups.states) > 1
-        if not by_loss or (number <= self.settings.clusters.warmup and client in self.groups.where):
+        chooses = self.settings.clusters.warmup < number <= self.settings.num_server_rounds
+        if not by_loss or (not chooses and client in self.groups.where):
             return {}
         return dict(self.groups.states)
 
