@@ -62,6 +62,19 @@ def test_a_method_is_checked_against_the_settings() -> None:
     check_method(tiny_settings(lora__rank=4, lora__ranks="4,4"))  # a mixture of one
 
 
+@pytest.mark.parametrize(
+    ("method", "by", "told"),
+    [
+        ("scaffold", "loss", "go to another in every round"),
+        ("rolora", "adapters", "every second round; take 'updates'"),
+    ],
+)
+def test_clusters_that_a_method_cannot_follow_are_refused(method: str, by: str, told: str) -> None:
+    with pytest.raises(SettingsError, match=f"clusters.by = '{by}': method = {method} .*{told}"):
+        check_method(tiny_settings(method=method, clusters__by=by))
+    check_method(tiny_settings(method=method, clusters__by="updates"))
+
+
 @pytest.mark.parametrize("method", ["ffa-lora", "fedsa-lora", "fedper", "local-only", "fedavg-full"])
 def test_a_start_that_only_the_server_would_have_is_refused(method: str) -> None:
     with pytest.raises(SettingsError, match=f"lora.init = 'folder': with method = {method} "):

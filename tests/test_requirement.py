@@ -18,6 +18,7 @@ from fedgen_app.errors import DataError, PolicyError, SettingsError
 from fedgen_app.federation import requirement
 from fedgen_app.federation.client import Participant
 from fedgen_app.federation.policy import Policy
+from fedgen_app.federation.protection import epsilon
 from fedgen_app.federation.roster import parse_requirement
 from fedgen_app.learning.backbone import load_task, open_backbone
 from fedgen_app.learning.encoder import direction, encode, mean_of_tokens
@@ -148,6 +149,29 @@ def test_noise_is_kept_by_the_device_and_may_be_more_than_the_run_asks(tmp_path:
     assert (tmp_path / "state" / requirement.NOISE_FILE).exists()
     with pytest.raises(SettingsError, match="cluster-noise"):
         device(tmp_path, cluster_noise="-1")
+
+
+def test_the_same_prompts_get_the_same_noise_whatever_the_last_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = vector(device(tmp_path, clusters__noise=0.3))
+
+    def jittered(*arguments: Any) -> np.ndarray:
+        return encode(*arguments) + 1e-5 * np.random.default_rng(0).normal(size=(2, 32))
+
+    monkeypatch.setattr(requirement, "encode", jittered)
+    with caplog.at_level(logging.WARNING):
+        assert vector(device(tmp_path, PROMPTS[::-1], clusters__noise=0.3)) == pytest.approx(before, abs=1e-3)
+    assert "different vectors" not in caplog.text
+    assert vector(device(tmp_path, [PROMPTS[0]] * 2, clusters__noise=0.3)) != pytest.approx(before, abs=1e-2)
+
+
+def test_the_log_adds_up_the_budget_of_each_draw(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    answer(device(tmp_path, clusters__noise=0.1))
+    with caplog.at_level(logging.WARNING):
+        answer(device(tmp_path, clusters__noise=1.0))
+    whole = epsilon(0.1, 1e-5) + epsilon(1.0, 1e-5)
+    assert f"2 different vectors so far: together at most ({whole:.3g}, 2e-05)" in caplog.text
 
 
 def test_another_encoder_is_another_space(tmp_path: Path) -> None:

@@ -508,6 +508,17 @@ def test_a_run_that_has_begun_is_resumed() -> None:
     assert not any("lora.rank" in one for one in asked), "defaults are not repeated"
 
 
+def test_a_target_may_be_what_clients_had_while_they_trained() -> None:
+    found = results([120.0, 99.0, 90.0], 80.0)
+    for entry, loss in zip(found["rounds"], (None, 0.7, 0.6), strict=True):
+        entry |= {"train_loss": loss, "metrics": None}  # of a method without a global model
+    sweep = plan("clients = 2\n[target]\nmetric = 'train_loss'\nvalue = 0.65")
+    assert any("while they trained" in line for line in markdown.notes(sweep, []))
+    (run,) = sweep.runs
+    reached = [records.read(run, found, Target(metric="train_loss", value=value)) for value in (0.65, 0.5)]
+    assert [record.reached for record in reached] == [True, False] and reached[0].figures["rounds_to_target"] == 3
+
+
 def test_a_target_counts_measured_rounds_alone() -> None:
     found = results([120.0, 99.0, 90.0], 80.0)
     found["rounds"][1]["metrics"] = None

@@ -116,6 +116,13 @@ def _cluster_objections(settings: Settings, method: Method) -> list[str]:
         return [f"{told} trains on one client, which owns all data"]
     if settings.method == "local-only":
         return [f"{told} shares nothing, so that there is nothing to average in a cluster"]
+    if by == "loss" and method.tied:
+        return [
+            f"{told} has clients keep what belongs to one cluster's tensors, and by loss they may go to another in "
+            "every round; take another way, or another method"
+        ]
+    if by == "adapters" and settings.method == "rolora":
+        return [f"{told} sends no factor B, which is what is compared, in every second round; take 'updates'"]
     if by == "adapters" and ranks and set(ranks) != {settings.lora.rank}:
         return ["clusters.by = 'adapters': compares factors of one rank, and lora.ranks has several; take 'updates'"]
     return []

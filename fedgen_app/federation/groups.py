@@ -32,6 +32,7 @@ class Groups:
         clustered: Whether clients have been told apart yet.
         free: The first number that no cluster ever had.
         space: The mark of the space of the centroids: which encoder, which key (``requirement.space_of``).
+        counts: Examples of every client that has a cluster, as it told them last.
     """
 
     states: Mapping[int, GlobalState]
@@ -43,6 +44,7 @@ class Groups:
     clustered: bool = False
     free: int = 1
     space: str = ""
+    counts: Mapping[ClientId, float] = field(default_factory=dict)
 
     @classmethod
     def single(cls, state: GlobalState) -> Groups:
@@ -77,6 +79,7 @@ class Groups:
                 "examples": [[cluster, count] for cluster, count in self.examples.items()],
                 "kinship": [[one, other, value] for (one, other), value in self.kinship.items()],
                 "space": self.space,
+                "counts": [[client, count] for client, count in self.counts.items()],
                 "free": self.free,
             }
         }
@@ -100,6 +103,7 @@ class Groups:
             kinship={(one, other): value for one, other, value in known["kinship"]},
             centroids={int(key): tensor.double().numpy() for key, tensor in parts.get("centroids", {}).items()},
             space=known.get("space", ""),
+            counts={client: count for client, count in known.get("counts", [])},  # an older checkpoint has none
             clustered=True,
             free=known["free"],
         )

@@ -62,9 +62,13 @@ class Hierarchy:
         return adapter
 
     def offers(self, number: int, client: ClientId) -> dict[int, GlobalState]:
-        """The clusters that a client chooses from by its loss (IFCA); empty where it is told where it is."""
+        """The clusters that a client chooses from by its loss (IFCA); empty where it is told where it is.
+
+        After the last round it stays where it trained, and its figures are that cluster's.
+        """
         by_loss = self.settings.clusters.by == "loss" and len(self.groups.states) > 1
-        if not by_loss or (number <= self.settings.clusters.warmup and client in self.groups.where):
+        chooses = self.settings.clusters.warmup < number <= self.settings.num_server_rounds
+        if not by_loss or (not chooses and client in self.groups.where):
             return {}
         return dict(self.groups.states)
 
@@ -84,7 +88,7 @@ class Hierarchy:
         compared = self.placement.asks_everyone(number, before) or (before.clustered and -1 in home.values())
         if self.settings.clusters.by in BY_REPLIES and compared and updates:
             received = [self.adapter_for(update.client, update.rank) for update in updates]
-            seen = self.placement.measure(updates, received, self.lora)
+            seen = self.placement.measure(before, updates, received, self.lora)
         if seen and not before.clustered:  # all of them started from one state: they can go on in several
             self.groups = self.placement.divide(number, before, seen)
             home = {client: self.groups.where[client] for client in home}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -97,11 +97,11 @@ class Placement:
         return groups
 
     def _by_prompts(self, number: int, groups: Groups, again: bool) -> Groups:
-        (vectors, space), wanted = self._vectors(), self.settings.clusters
+        (vectors, space), wanted = self._vectors(groups), self.settings.clusters
         if not groups.clustered and wanted.noise:
             spent = epsilon(wanted.noise, wanted.delta)
             self._report("noise", sigma=wanted.noise, epsilon=spent, delta=wanted.delta)
-        if not groups.clustered or again:
+        if not groups.clustered or (again and vectors):
             clients = tuple(in_order(vectors))
             rows = np.stack([vectors[client] for client in clients])
             divided = self.divide(number, groups, Seen(clients, rows @ rows.T))
@@ -113,27 +113,38 @@ class Placement:
         where |= {client: clustering.nearest(vectors[client], groups.centroids) for client in fresh}
         return self._moved(number, groups, where)
 
-    def _vectors(self) -> tuple[dict[ClientId, Numbers], str]:
-        """The encoded requirements that can be compared: those of the space in which most clients are, and its mark.
+    def _vectors(self, groups: Groups) -> tuple[dict[ClientId, Numbers], str]:
+        """The encoded requirements that can be compared, and the mark of their space.
+
+        It is that of the centroids, whoever comes later; before there are any, the one in which most clients are. A
+        mark should tell the width as well (``requirement.space_of``), but it is the client that says so.
 
         Raises:
-            RunError: nobody sent one.
+            RunError: nobody sent one, and there are no clusters yet.
         """
         members = self.roster.members
         sent = {client: m.requirement for client, m in members.items() if m.requirement is not None}
-        if not sent:
+        if not sent and not groups.space:
             raise RunError(
                 "clusters.by = 'prompts': no client sent an encoded requirement; a device needs prompts.txt in its "
                 "data folder, or prompts in its node config"
             )
-        counts = Counter(requirement.space for requirement in sent.values())
-        space = max(sorted(counts), key=lambda each: counts[each])
-        for client in in_order(members):
+        found = {client: (requirement.space, len(requirement.vector)) for client, requirement in sent.items()}
+        if groups.space:
+            space, width = groups.space, len(next(iter(groups.centroids.values())))
+        else:
+            counts = Counter(found.values())
+            space, width = max(sorted(counts), key=lambda each: counts[each])
+        for client in in_order(client for client in members if client not in groups.where):
             if client not in sent:
                 self._leave_aside(client, members[client].unplaced)
-            elif sent[client].space != space:
-                self._leave_aside(client, f"another encoder or key than {counts[space]} others have")
-        return {client: sent[client].vector for client in sent if sent[client].space == space}, space
+            elif found[client][0] != space:
+                self._leave_aside(client, "another encoder or key than the clusters are formed with")
+            elif found[client][1] != width:
+                self._leave_aside(
+                    client, f"its requirement has {found[client][1]} numbers, those of the others {width}"
+                )
+        return {client: sent[client].vector for client in sent if found[client] == (space, width)}, space
 
     def _leave_aside(self, client: ClientId, reason: str) -> None:
         if client not in self._told:
@@ -141,14 +152,15 @@ class Placement:
             self._report("unplaced", client=client, reason=reason)
 
     def _centred(self, groups: Groups, vectors: Mapping[ClientId, Numbers]) -> Groups:
-        centres = clustering.centroids(vectors, groups.where)
+        known = {cluster: centre for cluster, centre in groups.centroids.items() if cluster in groups.states}
+        centres = known | clustering.centroids(vectors, groups.where)  # of those who are away as they were
         kinship = {(a, b): float(centres[a] @ centres[b]) for a in centres for b in centres}
         return replace(groups, centroids=centres, kinship=kinship)
 
     def _by_truth(self, number: int, groups: Groups) -> Groups:
         if groups.clustered and all(client in groups.where for client in self.roster.members):
             return groups
-        truth, clients = self._truth(), in_order(self.roster.members)
+        truth, clients = self._truth(), in_order({*self.roster.members, *groups.where})
         kinds = sorted({truth[client] for client in clients})
         now = {client: kinds.index(truth[client]) for client in clients}
         names = clustering.matched(groups.where, now, groups.free if groups.clustered else 0)
@@ -161,8 +173,11 @@ class Placement:
         count = min(self.settings.clusters.count, len(clients))
         return self._moved(number, groups, {client: place % count for place, client in enumerate(order)})
 
-    def measure(self, updates: Sequence[Update], received: Sequence[Adapter], lora: Lora) -> Seen:
+    def measure(self, groups: Groups, updates: Sequence[Update], received: Sequence[Adapter], lora: Lora) -> Seen:
         """What a round's replies tell of who is alike: of the change of s B A, or by adapters of the factors B.
+
+        Factors are compared as long as all began alike. Those of different clusters have different bases: a client
+        would be most like whoever started where it did, and a newcomer like nobody. Changes of products have none.
 
         Args:
             received: What each of them started from, at its rank.
@@ -171,7 +186,8 @@ class Placement:
             RunError: nothing that the method sends tells it.
         """
         clients = tuple(update.client for update in updates)
-        seen = gram_of_changes(updates, received, lora).numpy() if self._by == "updates" else products_of_b(updates)
+        factors = self._by == "adapters" and not groups.clustered
+        seen = products_of_b(updates) if factors else gram_of_changes(updates, received, lora).numpy()
         if not seen.any():
             raise RunError(
                 f"clusters.by = {self._by!r}: what clients send with method = {self.settings.method} does not tell "
@@ -181,6 +197,8 @@ class Placement:
 
     def divide(self, number: int, groups: Groups, seen: Seen) -> Groups:
         """Cluster anew by what was seen; those who were not stay where they were.
+
+        A cluster of which nobody was seen stays too: it has not vanished, its members are late or away.
 
         Raises:
             RunError: there is nobody to tell apart.
@@ -193,12 +211,15 @@ class Placement:
         places = {client: names[label] for client, label in now.items()}
         kinship = {(names[a], names[b]): value for (a, b), value in clustering.similarity(cosine, labels).items()}
         remain = {c: place for c, place in groups.where.items() if c not in places}
-        # Whose cluster nobody was left in would keep it alive alone: better with the rest of a cluster that is there.
-        gone = {place for place in remain.values() if place not in places.values()}
+        # Whose cluster all others were seen to leave would keep it alive alone: better anew, among those who are there.
+        left = {groups.where[client] for client in places if client in groups.where}
+        gone = left - set(places.values())
         remain = {c: place for c, place in remain.items() if place not in gone}
         where = {client: (places | remain)[client] for client in in_order([*places, *remain])}
         self._draw(places, seen.clients, cosine)
-        return replace(self._moved(number, groups, where), kinship=kinship)
+        moved = self._moved(number, groups, where)
+        known = {pair: value for pair, value in groups.kinship.items() if {*pair} <= {*moved.states}}
+        return replace(moved, kinship=known | kinship)
 
     def join(self, number: int, groups: Groups, seen: Seen) -> Groups:
         """Clients without a place get that of the replies which theirs is most like, on average.
@@ -222,22 +243,30 @@ class Placement:
         where = dict(groups.where) | dict(chosen)
         if where == groups.where:
             return groups
-        examples = self._weights(where)
+        counts = self._counts(groups, where)
+        examples = self._weights(counts)
         counted = {c: float(sum(examples[m] for m, p in where.items() if p == c)) for c in groups.states}
-        return replace(groups, where={c: where[c] for c in in_order(where)}, examples=counted)
+        return replace(groups, where={c: where[c] for c in in_order(where)}, examples=counted, counts=counts)
 
     def _moved(self, number: int, groups: Groups, where: Mapping[ClientId, int]) -> Groups:
-        moved = regrouped(groups, where, self._weights(where), self.method, number)
+        counts = self._counts(groups, where)
+        moved = replace(regrouped(groups, where, self._weights(counts), self.method, number), counts=counts)
         self._report("clusters", round=number, clusters={str(c): moved.members(c) for c in sorted(moved.states)})
         return moved
 
-    def _weights(self, clients: Mapping[ClientId, int]) -> dict[ClientId, float]:
-        """Examples of each client as the roll call told them, capped as weights of replies are."""
-        known = [client for client in in_order(clients) if client in self.roster.members]
-        counts = [float(self.roster.members[client].num_examples) for client in known]
-        return dict.fromkeys(clients, 0.0) | dict(
-            zip(known, capped(counts, self.settings.admission.max_weight), strict=True)
-        )
+    def _counts(self, groups: Groups, clients: Iterable[ClientId]) -> dict[ClientId, float]:
+        """Examples of each client as the roll call told them; of one that is away as it did before, else 0."""
+        members = self.roster.members
+        return {
+            client: float(members[client].num_examples) if client in members else groups.counts.get(client, 0.0)
+            for client in in_order(clients)
+        }
+
+    def _weights(self, counts: Mapping[ClientId, float]) -> dict[ClientId, float]:
+        """Counts of examples, capped as weights of replies are; those that nobody knows stay 0."""
+        known = {client: count for client, count in counts.items() if count}
+        most = self.settings.admission.max_weight
+        return {**counts, **dict(zip(known, capped(list(known.values()), most), strict=True))}
 
 
 def products_of_b(updates: Sequence[Update]) -> Numbers:

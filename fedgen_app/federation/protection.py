@@ -22,6 +22,7 @@ from fedgen_app.files import write_atomic
 Numbers = NDArray[np.float64]
 SENSITIVITY = 2.0  # two directions are at most this far apart
 SHORTEST_KEY = 32  # bytes
+SIGMA = "@"  # in the name of a draw, before its size
 
 
 def read_key(file: Path) -> bytes:
@@ -69,27 +70,39 @@ def drawn(width: int, sigma: float, generator: np.random.Generator) -> Numbers:
     return generator.normal(0.0, sigma, width)
 
 
-def drawn_once(vector: Numbers, sigma: float, file: Path) -> tuple[Numbers, int]:
-    """A device's noise for this vector, and how many different ones it has had to draw.
+def drawn_once(what: str, width: int, sigma: float, file: Path) -> tuple[Numbers, list[float]]:
+    """A device's noise for what it wants, and the sigma of every draw that it has had to make so far.
 
-    The same vector gets the same noise in every run: fresh noise each time could be averaged away. Another vector gets
-    noise of its own: with the same, the server could subtract. Each further draw spends the budget again.
+    The same wish gets the same noise in every run: fresh noise each time could be averaged away. Another one gets noise
+    of its own: with the same, the server could subtract. Each further draw spends budget again.
 
     Args:
+        what: A mark of the prompts and their encoder. Not of the vector, whose last digits hang on the machine: other
+            threads or libraries would make another wish of it. It stays in the file.
         file: Where the device keeps what it drew.
 
     Raises:
         DataError: the file is damaged, and a new draw would spend the budget unnoticed.
     """
-    digest = hashlib.sha256(repr(sigma).encode() + np.round(vector, 6).tobytes()).hexdigest()
+    name = f"{what}{SIGMA}{sigma!r}"
     try:
         known = load_file(file) if file.exists() else {}
-    except (OSError, SafetensorError) as error:
+        sigmas = [_sigma_of(each, known[each]) for each in sorted(known)]
+    except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{file}: {error}") from None
-    if digest not in known:
-        known[digest] = drawn(len(vector), sigma, np.random.default_rng(secrets.randbits(128)))
+    if name not in known:
+        known[name] = drawn(width, sigma, np.random.default_rng(secrets.randbits(128)))
+        sigmas.append(sigma)
         write_atomic(file, save(known))
-    return known[digest].astype(np.float64), len(known)
+    if known[name].shape != (width,) or not np.isfinite(known[name]).all():
+        raise DataError(f"{file}: holds no noise of {width} finite numbers for sigma = {sigma}")
+    return known[name].astype(np.float64), sigmas
+
+
+def _sigma_of(name: str, noise: Numbers) -> float:
+    """Of one draw in the file; in a file from before sigma stood beside, its numbers tell it, about."""
+    _, mark, sigma = name.partition(SIGMA)
+    return float(sigma) if mark else float(np.sqrt(np.mean(np.square(noise))))
 
 
 def epsilon(sigma: float, delta: float, sensitivity: float = SENSITIVITY) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedgen_app.errors import DataError, SettingsError
+from fedgen_app.errors import DataError
 from fedgen_app.federation import protection
 from fedgen_app.federation.roster import REQUIREMENT, SPACE
 from fedgen_app.learning.backbone import Backbone
@@ -43,10 +43,11 @@ def facts_of(me: Participant, task: Task, backbone: Backbone) -> dict[str, str |
         log.warning("%s: this device answers without a requirement and will be in no cluster", error)
         return {}
     key = protection.read_key(me.key) if me.key else b""
-    sent = _with_noise(me, clean)
+    encoder = mark_of(me.settings, backbone, me.encoder)
+    sent = _with_noise(me, clean, hashlib.sha256(repr((sorted(texts), encoder)).encode()).hexdigest())
     if key:
         sent = sent @ protection.rotation(key, len(sent)).T
-    space = space_of(mark_of(me.settings, backbone, me.encoder), key, len(sent))
+    space = space_of(encoder, key, len(sent))
     return {REQUIREMENT: [float(number) for number in sent.astype(np.float32)], SPACE: space}
 
 
@@ -60,21 +61,24 @@ def space_of(encoder: str, key: bytes, width: int) -> str:
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
-def _with_noise(me: Participant, clean: Numbers) -> Numbers:
-    """Noise as the run says, or more where the device itself wants more."""
+def _with_noise(me: Participant, clean: Numbers, what: str) -> Numbers:
+    """Noise as the run says, or more where the device itself wants more.
+
+    Args:
+        what: A mark of the prompts and their encoder, under which the device keeps its noise; it is not sent.
+    """
     sigma, delta = max(me.settings.clusters.noise, me.noise), me.settings.clusters.delta
     if not sigma:
         return clean
     if me.state is None:  # simulated: the same in a resumed run, and private from nobody
         seed = derive(me.settings.seed, "requirement", me.client)
         return protection.noisy(clean, protection.drawn(len(clean), sigma, np.random.default_rng(seed)))
-    noise, draws = protection.drawn_once(clean, sigma, me.state / NOISE_FILE)
+    noise, sigmas = protection.drawn_once(what, len(clean), sigma, me.state / NOISE_FILE)
     spent = protection.epsilon(sigma, delta)
     log.info("requirement: noise %g, (epsilon, delta) = (%.3g, %g) for this vector", sigma, spent, delta)
-    if draws > 1:
+    if (draws := len(sigmas)) > 1:
+        whole = sum(protection.epsilon(each, delta) for each in sigmas)
         log.warning(
-            "requirement: %d different vectors so far: together at most (%.3g, %g)", draws, draws * spent, draws * delta
+            "requirement: %d different vectors so far: together at most (%.3g, %g)", draws, whole, draws * delta
         )
-    if not np.isfinite(noise).all():
-        raise SettingsError(f"{me.state / NOISE_FILE}: holds no finite noise")
     return protection.noisy(clean, noise)

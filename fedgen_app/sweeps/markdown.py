@@ -15,7 +15,7 @@ from fedgen_app.runs import report
 from fedgen_app.settings import Value
 from fedgen_app.sweeps.plan import Sweep, shown
 from fedgen_app.sweeps.records import BY_CLASS, STATES, Row, Spread, spread
-from fedgen_app.sweeps.spec import VARIANT
+from fedgen_app.sweeps.spec import TRAIN_LOSS, VARIANT
 
 SETUP = (
     *("task", "method", "backbone", "dataset", "expected-clients", "partition.by", "partition.alpha"),
@@ -311,9 +311,12 @@ def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         "them.",
     ]
     if sweep.target:
+        where = "on the server's test set"
+        if sweep.target.metric == TRAIN_LOSS:
+            where = "by what clients had while they trained, each from the adapter that it was sent"
         said.append(
-            "- Rounds to the target: the first measured round that is as good, on the server's test set; a number only "
-            "where every seed got there."
+            f"- Rounds to the target: the first measured round that is as good, {where}; a number only where every "
+            "seed got there."
         )
     if any(run.settings["clusters.by"] != "none" for run in sweep.runs):
         said.append(

@@ -13,7 +13,7 @@ from fedgen_app.runs import report
 from fedgen_app.settings import Value
 from fedgen_app.sweeps.plan import Run, Sweep
 from fedgen_app.sweeps.runner import folder_of, status_of
-from fedgen_app.sweeps.spec import Target
+from fedgen_app.sweeps.spec import TRAIN_LOSS, Target
 
 if TYPE_CHECKING:
     from fedgen_app.federation.method import Method
@@ -103,7 +103,7 @@ def read(run: Run, results: Mapping[str, Any], target: Target | None) -> Record:
     figures["seconds"] = sum(entry["seconds"] for entry in results["rounds"])
     curve = _curve(results, federated)
     reached = None
-    if target and curve:
+    if target and (curve or target.metric == TRAIN_LOSS):
         arrived = _first(results, target)
         reached = arrived is not None
         if arrived is not None:
@@ -172,7 +172,8 @@ def _curve(results: Mapping[str, Any], federated: bool) -> Curve | None:
 def _first(results: Mapping[str, Any], target: Target) -> int | None:
     """The first measured round that is as good as the target; lower is better for every headline metric."""
     for entry in results["rounds"]:
-        value = (entry["metrics"] or {}).get(target.metric)
+        measured = entry if target.metric == TRAIN_LOSS else entry["metrics"] or {}
+        value = measured.get(target.metric)
         if value is not None and value <= target.value:
             return int(entry["round"])
     return None

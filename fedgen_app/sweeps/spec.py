@@ -15,6 +15,7 @@ from fedgen_app.runs.report import HEADLINES
 from fedgen_app.settings import KEYS, Value, flatten_toml
 
 SEED = "seed"
+TRAIN_LOSS = "train_loss"
 VARIANT = "variant"
 PREPARED = "prepared:"
 MANAGED = ("output-dir", "resume-from", "resume-round")  # the sweep itself sets these
@@ -28,9 +29,12 @@ class _Table(BaseModel):
 
 
 class Target(_Table):
-    """``target``: how good is good enough; the table says after how many rounds each row got there."""
+    """``target``: how good is good enough; the table says after how many rounds each row got there.
 
-    metric: Literal[HEADLINES]  # type: ignore[valid-type]
+    A metric is that of the server's test set; ``train_loss`` is the clients' own, each from its own cluster's adapter.
+    """
+
+    metric: Literal[(*HEADLINES, TRAIN_LOSS)]  # type: ignore[valid-type]
     value: float
 
 
