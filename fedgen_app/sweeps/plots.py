@@ -190,7 +190,9 @@ def _gains(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, s
         look = {"color": _colour(number), "marker": MARKERS[number % len(MARKERS)], "alpha": 0.7, "s": 22}
         axes.scatter(x, y, label=_plain(point_name(sweep, row)), **look)
     axes.axhline(0.0, color="#555555", linewidth=1)
-    axes.set_xscale("log")
+    counts = [count for row in there for record in row.done for count, _ in record.clients]
+    if max(counts) > WIDE * min(counts):
+        axes.set_xscale("log")
     axes.set_xlabel("training examples of a client (of texts: rows)")
     axes.set_ylabel("personal gain over global, %")
     _save(figure, axes, output / "personal-gain.png", len(there))
