@@ -84,13 +84,8 @@ def generate(
     for option, value in (("--cluster-key", cluster_key), ("--cluster-encoder", cluster_encoder)):
         if value and not by_prompt:
             raise SettingsError(f"{option} {value}: serves --mix auto alone")
-    if far and not remote.needs_adapter(far, settings):
-        for option, named in (("--client", client), ("--cluster", cluster), ("--adapter", adapter)):
-            if named:
-                raise SettingsError(
-                    f"{option} {named}: without --split this device has no part with an adapter of its own; --mix says "
-                    "which ones the service uses"
-                )
+    if far:
+        remote.check_adapter(far, settings, {"--client": client, "--cluster": cluster, "--adapter": adapter})
     file = adapter / "adapter_model.safetensors" if adapter else adapter_file(folder, client, cluster)
     needed = bool(adapter) or not frozen and (remote.needs_adapter(far, settings) if far else not mix)
     if needed and not file.is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,3 +101,17 @@ def asked(
 def needs_adapter(via: Via, settings: Settings) -> bool:
     """Whether the device's own adapter plays a part: it finishes images, or its text encoder has learned."""
     return bool(via.split) or settings.lora.text_encoder
+
+
+def check_adapter(via: Via, settings: Settings, options: Mapping[str, object]) -> None:
+    """Refuse options that name an adapter of the device's, where none plays a part.
+
+    Raises:
+        SettingsError: names the option.
+    """
+    for option, named in options.items():
+        if named and not needs_adapter(via, settings):
+            raise SettingsError(
+                f"{option} {named}: without --split this device has no part with an adapter of its own; --mix says "
+                "which ones the service uses"
+            )

@@ -291,7 +291,7 @@ class Assignment:
         What belongs to the server's own tensors goes on from what the server has: a reply that was refused or came
         late is not in them.
         """
-        return min(self.averaged if method.tied else self.number - 1, self.number - 1)
+        return self.averaged if method.tied else self.number - 1
 
 
 @dataclass(frozen=True)

@@ -307,8 +307,7 @@ def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         "- Bold: the lowest mean of a column, where no other row comes within one standard deviation of both. "
         "`centralized` is a bound and does not compete.",
         "- Uplink counts every reply that arrived; what centralised training would have to send, the data, is not "
-        "known. Seconds are those of the rounds, without what is measured around "
-        "them.",
+        "known. Seconds are those of the rounds, without what is measured around them.",
     ]
     if sweep.target:
         where = "on the server's test set"
