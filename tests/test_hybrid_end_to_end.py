@@ -12,7 +12,6 @@ from PIL import Image
 from pipelines import tiny_pipeline
 
 import fedgen_assets
-from fedgen_app.learning.encoder import open_encoder
 from fedgen_app.settings import Value
 
 KEY = b"0123456789abcdef0123456789abcdef"
@@ -149,7 +148,6 @@ def test_the_encoder_may_lie_elsewhere_on_a_device(tmp_path: Path) -> None:
     known = command(*asked)
     assert known.status == 0, known.err
     shutil.rmtree(there)
-    open_encoder.cache_clear()
     lost = command(*asked)
     assert lost.status == 3 and f"clusters.encoder = '{there}'" in lost.err
     found = command(*asked, "--cluster-encoder", here)

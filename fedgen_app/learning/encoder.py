@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 import fedgen_assets
+from fedgen_app.data.cache import source_identity
 from fedgen_app.errors import BackboneError, DataError
 from fedgen_app.learning.backbone import Backbone, fingerprint, pick_device
 from fedgen_app.learning.task import Task
@@ -78,13 +79,21 @@ def mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (hidden * counted[..., None]).sum(1) / counted.sum(1, keepdim=True)
 
 
-@functools.lru_cache(maxsize=1)
 def open_encoder(source: str, device: str) -> Encoder:
     """A text encoder from a folder or the hub, or the bundled language model; safetensors alone, no code from there.
 
+    From the process's memory where it is there already.
+
     Raises:
         BackboneError: it cannot be had, or is none.
+        DataError: its folder cannot be listed.
     """
+    # A folder's content may be replaced while we have the old one open.
+    return _open(source, source_identity(source, "", "") if looks_like_path(source) else "", device)
+
+
+@functools.lru_cache(maxsize=1)
+def _open(source: str, files: str, device: str) -> Encoder:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
