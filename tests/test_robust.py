@@ -377,6 +377,30 @@ def test_a_client_of_small_rank_is_no_outlier() -> None:
     assert [u.client for u in kept] == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("name", ["multi-krum", "norm-bound"])
+def test_factors_of_several_ranks_are_compared_as_hetlora_averages_them(name: str) -> None:
+    het = load_method("hetlora")
+    assert het.fit is not None
+    state, honest, _ = population("turned", 0)
+    at_rank = [replace(u, adapter=het.fit(u.adapter, LORA, LORA.at(2)), rank=2) for u in honest[::3]]
+    updates = [*at_rank, *(u for i, u in enumerate(honest) if i % 3)]
+    turned = [replace(u, adapter=ATTACKS["turned"](u.adapter, [u.adapter], 0)) for u in updates[3:9]]
+    attacked = [*updates[:3], *turned, *updates[9:]]
+    assert {u.rank for u in turned} == {2, 4}
+    for each, same in zip(turned, updates[3:9], strict=True):  # nothing that a product could show
+        assert_same(dense(each.adapter, 1.0), dense(same.adapter, 1.0))
+    round_ = a_round(LORA, shapes=SMALL, aggregation__robust=name, aggregation__attackers=0.3)
+    kept = reweigh(name, attacked, state, round_, het.fit, het.widen)
+    hostile = {u.client for u in turned}
+    if name != "norm-bound":
+        assert not hostile & {u.client for u in kept}
+        assert hostile & {u.client for u in reweigh(name, attacked, state, round_, het.fit)}
+    wanted, begin = dense(het.rule(state, updates, round_).adapter, LORA.scaling), dense(state.adapter, LORA.scaling)
+    assert error(het.rule(state, attacked, round_), wanted, begin) > 1
+    if name == "norm-bound":
+        assert error(het.rule(state, kept, round_), wanted, begin) < ALLOWED[name]
+
+
 def test_every_direction_can_learn_after_a_guarded_rule() -> None:
     from synthetic import assert_alive
 

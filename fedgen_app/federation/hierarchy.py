@@ -44,7 +44,7 @@ class Hierarchy:
         self.groups = groups
         self.placement = placement
         rule = layer_wise(method.rule) if settings.aggregation.layer_wise else method.rule
-        self._rule = robust(rule, method.fit)
+        self._rule = robust(rule, method.fit, method.widen)
 
     def prepare(self, number: int) -> None:
         """Place whoever can be placed before a round."""

@@ -139,6 +139,8 @@ class Method:
         personal: How a client comes to its personal adapter in the end.
         fit: (adapter of the largest rank, its shape, the client's shape) -> the client's version; None: all clients
             have the same rank.
+        widen: (a client's adapter, its shape, the server's adapter, its shape) -> the client's at the largest rank, the
+            server's where it has no directions: for rules that average factors of several ranks.
         factored: A product as the server's factors, as ``aggregation.refactored``; where clusters mix.
         tied: Clients keep tensors that belong to the server's own; both begin anew together (``EPOCH``).
         refuses: Why it cannot work with these settings, one line each.
@@ -156,6 +158,7 @@ class Method:
     local: Callable[[Lesson], Learned] = plain
     personal: Callable[[Lesson], Adapter] = fine_tune
     fit: Callable[[Adapter, Lora, Lora], Adapter] | None = None
+    widen: Callable[[Adapter, Lora, Adapter, Lora], Adapter] | None = None
     factored: Callable[[Pair, int, float, int], tuple[Pair, tuple[float, float]]] = refactored
     tied: bool = False
     refuses: Callable[[Settings], Iterable[str]] = _no_objection

@@ -23,6 +23,7 @@ from fedgen_app.learning.adapters import Adapter, pairs
 from fedgen_app.settings import AggregationSettings, Settings
 
 Fit = Callable[[Adapter, Lora, Lora], Adapter]
+Widen = Callable[[Adapter, Lora, Adapter, Lora], Adapter]
 
 # Smallest number of clients that a rule works with when f of them attack. Krum: Blanchard et al. 2017 (NeurIPS,
 # arXiv 1703.02757); the others need a majority.
@@ -78,24 +79,30 @@ def objection(aggregation: AggregationSettings, clients: int) -> str | None:
     )
 
 
-def robust(rule: Rule, fit: Fit | None = None) -> Rule:
+def robust(rule: Rule, fit: Fit | None = None, widen: Widen | None = None) -> Rule:
     """The rule behind the guard that ``aggregation.robust`` names."""
 
     def guarded(state: GlobalState, updates: Sequence[Update], round_: Round) -> GlobalState:
         name = round_.settings.aggregation.robust
-        return rule(state, reweigh(name, updates, state, round_, fit), round_)
+        return rule(state, reweigh(name, updates, state, round_, fit, widen), round_)
 
     return guarded
 
 
 def reweigh(
-    name: str, updates: Sequence[Update], state: GlobalState, round_: Round, fit: Fit | None = None
+    name: str,
+    updates: Sequence[Update],
+    state: GlobalState,
+    round_: Round,
+    fit: Fit | None = None,
+    widen: Widen | None = None,
 ) -> list[Update]:
     """The updates that the method's rule is to see: clipped, chosen, weighed anew, or replaced by their middle.
 
     Args:
         name: One of the values of ``aggregation.robust``.
         fit: How the method cuts the server's adapter for a client of a smaller rank.
+        widen: The way back, where the rule averages factors of several ranks.
 
     Raises:
         RunError: there are too few updates for this rule.
@@ -109,7 +116,7 @@ def reweigh(
     if name in FACTOR_RULES:
         return [_middle(updates, f if name == "factor-trimmed-mean" else None)]
     received = _received(updates, state, round_, fit)
-    beside = None if fit else gram_beside_the_others(updates, state.adapter, round_.lora)
+    beside = _beside(updates, state.adapter, round_.lora, widen) if widen or not fit else None
     if name == "norm-bound":
         return _bounded(updates, received, round_.lora, settings.norm_bound, beside)
     products = gram_of_changes(updates, received, round_.lora)
@@ -153,6 +160,12 @@ def gram_of_changes(updates: Sequence[Update], received: Sequence[Adapter], lora
         rows = torch.stack([(n[key].double() - o[key].double()).flatten() for n, o in zip(new, received, strict=True)])
         whole += rows @ rows.T
     return whole
+
+
+def _beside(updates: Sequence[Update], server: Adapter, lora: Lora, widen: Widen | None) -> Tensor:
+    if widen:
+        updates = [replace(u, adapter=widen(u.adapter, lora.at(u.rank), server, lora), rank=lora.rank) for u in updates]
+    return gram_beside_the_others(updates, server, lora)
 
 
 def gram_beside_the_others(updates: Sequence[Update], received: Adapter, lora: Lora) -> Tensor:

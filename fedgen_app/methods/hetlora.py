@@ -37,7 +37,7 @@ def rule(state: GlobalState, updates: Sequence[Update], round_: Round) -> Global
     reach = max(u.rank for u, weight in zip(updates, weights, strict=True) if weight)
     adapter = dict(state.adapter)
     for key in sorted(updates[0].adapter):
-        axis = 0 if ".lora_A." in key else 1
+        axis = _axis(key)
         mean = torch.zeros(state.adapter[key].shape, dtype=torch.float64)
         for update, scaling, weight in zip(updates, scalings, weights, strict=True):
             fold = math.sqrt(scaling / round_.lora.scaling)
@@ -58,6 +58,19 @@ def fit(adapter: Adapter, lora: Lora, own: Lora) -> Adapter:
     """The first directions, each factor at the root of the client's own scaling."""
     fold = math.sqrt(lora.scaling / own.scaling)
     return truncate(adapter, own.rank, times_b=fold, times_a=fold)
+
+
+def widen(adapter: Adapter, own: Lora, server: Adapter, lora: Lora) -> Adapter:
+    """The way back from ``fit``; directions that the client does not have are the server's."""
+    fold, whole = math.sqrt(own.scaling / lora.scaling), {key: tensor.clone() for key, tensor in server.items()}
+    for key, tensor in adapter.items():
+        whole[key].narrow(_axis(key), 0, own.rank).copy_(fold * tensor)
+    return whole
+
+
+def _axis(key: str) -> int:
+    """Which one counts the directions: A's rows, B's columns."""
+    return 0 if ".lora_A." in key else 1
 
 
 def tail(factors: Mapping[str, Tensor], kept: int) -> Tensor:
@@ -107,4 +120,4 @@ def refuses(settings: Settings) -> Iterable[str]:
         )
 
 
-METHOD = Method(rule=rule, local=local, fit=fit, refuses=refuses)
+METHOD = Method(rule=rule, local=local, fit=fit, widen=widen, refuses=refuses)
