@@ -6,12 +6,15 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedgen_app.data import cache
 from fedgen_app.data.cache import cached, source_identity
 from fedgen_app.errors import DataError
 
@@ -108,6 +111,34 @@ assert cached("toy", {}, build)["x"].tolist() == [0, 1, 2, 3, 4]
     start.touch()
     assert [process.wait(30) for process in running] == [0, 0, 0]
     assert len(list(folder.glob("built-*"))) == 1
+
+
+def test_a_long_wait_for_another_process_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache, "PATIENCE", 0.05)
+    begun, told = threading.Event(), threading.Event()
+
+    def build() -> cache.Arrays:
+        begun.set()
+        assert told.wait(60)
+        return {"n": np.arange(3)}
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.set()
+
+    handler = Told(logging.WARNING)
+    cache.logger.addHandler(handler)
+    try:
+        with ThreadPoolExecutor(1) as other:
+            first = other.submit(cached, "kind", {"a": 1}, build)
+            assert begun.wait(60)
+            second = cached("kind", {"a": 1}, lambda: {"n": np.zeros(3)})
+            np.testing.assert_array_equal(second["n"], first.result()["n"])
+    finally:
+        cache.logger.removeHandler(handler)
+    assert f"waiting for {next(folder.glob('kind-*.safetensors'))}" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -24,6 +24,7 @@ from fedgen_app.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 30.0  # seconds until a wait for another process is told
 Arrays = dict[str, NDArray[Any]]
 
 # safetensors' names for the types that numpy knows as well; its files are little-endian.
@@ -40,7 +41,8 @@ def cached(kind: str, key: Mapping[str, object], build: Callable[[], Arrays]) ->
 
     kind: the start of the file's name; key: everything that the arrays depend on, JSON values. The arrays are
     mapped from the file, so that processes share their memory; writing into one changes this process's copy
-    alone. A damaged file is built again with a warning. Two processes that ask at once build once.
+    alone. A damaged file is built again with a warning. Two processes that ask at once build once; a long wait for the
+    other is told in the log.
 
     The folder is $FEDGEN_CACHE, else $XDG_CACHE_HOME/fedgen, else ~/.cache/fedgen; raises DataError where it
     cannot be written.
@@ -54,7 +56,11 @@ def cached(kind: str, key: Mapping[str, object], build: Callable[[], Arrays]) ->
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file.with_suffix(".lock"))
-        lock.acquire()
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            logger.warning("waiting for %s: another process is building it, or hangs and should be ended", file)
+            lock.acquire()
     try:
         if file.exists():  # built by another process meanwhile, or damaged
             if (arrays := _mapped(file)) is not None:
