@@ -465,7 +465,8 @@ def test_a_curve_along_every_numeric_axis(tmp_path: Path) -> None:
     found = plan(BASE)
     made = rows_of([records.read(run, results([90.0 + run.seed], 80.0), None) for run in found.runs])
     names = [name for _, name in plots.draw(found, made, tmp_path)]
-    assert {"along-lora.rank.png", "along-partition.alpha.png"} <= set(names)
+    assert {"along-lora.rank.png", "along-partition.alpha.png", "against-bytes.png"} <= set(names)
+    assert "against-rounds.png" not in names  # measured once
 
 
 def test_signs_stand_once_for_each_point(sweep: Sweep) -> None:

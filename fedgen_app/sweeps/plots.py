@@ -79,7 +79,10 @@ def _courses(sweep: Sweep, title: str, part: Sequence[Row], output: Path, mark: 
     made = []
     most = max((n for row in shown_rows for r in row.done if r.curve for n in r.curve.uplink[-1:]), default=0)
     unit, factor = next((unit for unit in UNITS if most >= unit[1]), UNITS[-1])  # nothing is sent up by some methods
+    longest = max(len(record.curve.rounds) for row in shown_rows for record in row.done if record.curve)
     for against, label in (("rounds", "round"), ("bytes", f"{unit} sent up in all")):
+        if against == "rounds" and longest == 1:  # measured once, in the end: no course
+            continue
         figure, (axes,) = _canvas()
         for number, row in enumerate(shown_rows):
             if against == "bytes" and row.method.pooled:
@@ -113,6 +116,8 @@ def _course(axes: Axes, row: Row, metric: str, factor: int, number: int, label: 
     y, wide = [one.mean for one in found], [one.deviation or 0.0 for one in found]
     colour = _colour(number)
     axes.plot(x, y, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4, label=_plain(label))
+    if len(x) == 1:
+        axes.errorbar(x, y, yerr=wide, color=colour, capsize=3)
     low, high = [a - b for a, b in zip(y, wide, strict=True)], [a + b for a, b in zip(y, wide, strict=True)]
     axes.fill_between(x, low, high, color=colour, alpha=BAND, linewidth=0)
 
