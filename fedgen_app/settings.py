@@ -232,6 +232,7 @@ class ClusterSettings(Group):
     count: AtLeastOne
     threshold: Annotated[float, Field(gt=0, le=2)]
     warmup: AtLeastOne
+    loss_examples: AtLeastZero
     every: AtLeastZero
     interact_every: AtLeastZero
     strength: Annotated[float, Field(ge=0, le=1)]

@@ -126,6 +126,7 @@ WRONG = {
     "clusters.count": "0",
     "clusters.threshold": "0",
     "clusters.warmup": "0",
+    "clusters.loss-examples": "-1",
     "clusters.every": "-1",
     "clusters.interact-every": "-1",
     "clusters.strength": "2",

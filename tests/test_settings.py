@@ -92,6 +92,7 @@ OUT_OF_RANGE: dict[str, list[Value]] = {
     "clusters.count": [0],
     "clusters.threshold": [0, 2.1],
     "clusters.warmup": [0],
+    "clusters.loss-examples": [-1],
     "clusters.every": [-1],
     "clusters.interact-every": [-1],
     "clusters.strength": [-0.1, 1.1],
