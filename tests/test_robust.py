@@ -357,7 +357,7 @@ def test_the_guard_stands_before_other_rules_too(method: str, name: str) -> None
     chosen: Method = load_method(method)
     begin = dense(state.adapter, LORA.scaling)
     far = error(chosen.rule(state, updates, round_), wanted, begin)
-    near = error(robust(chosen.rule, chosen.fit)(state, updates, round_), wanted, begin)
+    near = error(robust(chosen.rule, chosen.fit, chosen.widen)(state, updates, round_), wanted, begin)
     assert near < 0.75 < far
 
 
@@ -399,6 +399,31 @@ def test_factors_of_several_ranks_are_compared_as_hetlora_averages_them(name: st
     assert error(het.rule(state, attacked, round_), wanted, begin) > 1
     if name == "norm-bound":
         assert error(het.rule(state, kept, round_), wanted, begin) < ALLOWED[name]
+
+
+@pytest.mark.parametrize("name", ["multi-krum", "norm-bound"])
+def test_a_turned_direction_is_seen_where_most_do_not_have_it(name: str) -> None:
+    # The first round: B is zero, and so is the product with it of whatever A a client sends.
+    het = load_method("hetlora")
+    assert het.fit is not None
+    begin = {k: x if ".lora_A." in k else torch.zeros_like(x) for k, x in random_adapter(1, 4, SMALL, 0.3).items()}
+    signal, state = random_adapter(2, 4, SMALL, 0.1), GlobalState(begin)
+    honest = [moved(moved(begin, signal, 1.0), random_adapter(100 + i, 4, SMALL), 0.03) for i in range(CLIENTS)]
+    small, hostile = range(11), range(17, CLIENTS)  # eleven of two directions, six honest ones and three others of four
+    updates = [Update(i, het.fit(a, LORA, LORA.at(2)), 2, 1.0) for i, a in enumerate(honest) if i in small]
+    for i in range(len(small), CLIENTS):
+        last = {k: x.narrow(0 if ".lora_A." in k else 1, 2, 2) for k, x in honest[i].items()}
+        for key, part in last.items() if i in hostile else ():
+            part.mul_(300 if ".lora_A." in key else 1 / 300)
+        updates.append(Update(i, honest[i], 4, 1.0))
+    good = [u for u in updates if u.client not in hostile]
+    round_ = a_round(LORA, shapes=SMALL, aggregation__robust=name, aggregation__attackers=0.15)
+    wanted, start = dense(het.rule(state, good, round_).adapter, LORA.scaling), dense(begin, LORA.scaling)
+    kept = reweigh(name, updates, state, round_, het.fit, het.widen)
+    assert error(het.rule(state, updates, round_), wanted, start) > 1
+    if name == "multi-krum":
+        assert [u.client for u in kept] == [u.client for u in good]
+    assert error(het.rule(state, kept, round_), wanted, start) < ALLOWED[name]
 
 
 def test_every_direction_can_learn_after_a_guarded_rule() -> None:

@@ -116,7 +116,8 @@ def reweigh(
     if name in FACTOR_RULES:
         return [_middle(updates, f if name == "factor-trimmed-mean" else None)]
     received = _received(updates, state, round_, fit)
-    beside = _beside(updates, state.adapter, round_.lora, widen) if widen or not fit else None
+    averaged = widen or not fit  # the factors, not the products
+    beside = gram_beside_the_others(updates, state.adapter, round_.lora, widen) if averaged else None
     if name == "norm-bound":
         return _bounded(updates, received, round_.lora, settings.norm_bound, beside)
     products = gram_of_changes(updates, received, round_.lora)
@@ -162,29 +163,42 @@ def gram_of_changes(updates: Sequence[Update], received: Sequence[Adapter], lora
     return whole
 
 
-def _beside(updates: Sequence[Update], server: Adapter, lora: Lora, widen: Widen | None) -> Tensor:
-    if widen:
-        updates = [replace(u, adapter=widen(u.adapter, lora.at(u.rank), server, lora), rank=lora.rank) for u in updates]
-    return gram_beside_the_others(updates, server, lora)
-
-
-def gram_beside_the_others(updates: Sequence[Update], received: Adapter, lora: Lora) -> Tensor:
+def gram_beside_the_others(
+    updates: Sequence[Update], received: Adapter, lora: Lora, widen: Widen | None = None
+) -> Tensor:
     """Inner products (n, n) of what each client's factors change in the product of means, to first order.
 
-    s (dB_k A' + B' dA_k), where B' and A' are the medians of all clients' numbers. A client that sends c A and B / c
-    has the same product for every c, and so no distance in ``gram_of_changes``; here c shows.
+    s (dB_k A' + B' dA_k), where B' and A' are the medians of the numbers of all clients that have the direction. A
+    client that sends c A and B / c has the same product for every c, and so no distance in ``gram_of_changes``; here c
+    shows.
+
+    Args:
+        received: The server's adapter.
+        widen: How a client of a smaller rank is brought to the largest.
     """
+    ranks = [u.rank for u in updates]
+    if widen:
+        updates = [replace(u, adapter=widen(u.adapter, lora.at(u.rank), received, lora)) for u in updates]
     new = [received | u.adapter for u in updates]
     shared = set(updates[0].adapter)
     whole = torch.zeros(len(updates), len(updates), dtype=torch.float64)
     for key_a, key_b in (pair for pair in pairs(received) if shared & set(pair)):
         b_old, a_old = as_pair(received, key_a, key_b)
         each = [as_pair(adapter, key_a, key_b) for adapter in new]
-        b_mid, a_mid = (_trimmed_mean(factors) for factors in zip(*each, strict=True))
+        b_mid, a_mid = (_middle_of(f, ranks, axis) for f, axis in zip(zip(*each, strict=True), (1, 0), strict=True))
         whole += gram(
             [(lora.scaling * torch.cat([b - b_old, b_mid], 1), torch.cat([a_mid, a - a_old])) for b, a in each]
         )
     return whole
+
+
+def _middle_of(factors: Sequence[Tensor], ranks: Sequence[int], axis: int) -> Tensor:
+    """The median of each number over those that have its direction, which ``axis`` counts; over all if none has."""
+    middle = []
+    for direction in range(factors[0].shape[axis]):
+        having = [f for f, rank in zip(factors, ranks, strict=True) if rank > direction] or factors
+        middle.append(_trimmed_mean([factor.narrow(axis, direction, 1) for factor in having]))
+    return torch.cat(middle, axis)
 
 
 def _bounded(

@@ -86,10 +86,12 @@ def open_encoder(source: str, device: str) -> Encoder:
 
     Raises:
         BackboneError: it cannot be had, or is none.
-        DataError: its folder cannot be listed.
     """
-    # A folder's content may be replaced while we have the old one open.
-    return _open(source, source_identity(source, "", "") if looks_like_path(source) else "", device)
+    try:  # a folder's content may be replaced while we have the old one open
+        files = source_identity(source, "", "") if looks_like_path(source) else ""
+    except DataError as error:
+        raise BackboneError(f"clusters.encoder = {source!r}: {error}") from None
+    return _open(source, files, device)
 
 
 @functools.lru_cache(maxsize=1)
