@@ -194,10 +194,11 @@ def gram_beside_the_others(
 
 def _middle_of(factors: Sequence[Tensor], ranks: Sequence[int], axis: int) -> Tensor:
     """The median of each number over those that have its direction, which ``axis`` counts; over all if none has."""
-    middle = []
-    for direction in range(factors[0].shape[axis]):
-        having = [f for f, rank in zip(factors, ranks, strict=True) if rank > direction] or factors
-        middle.append(_trimmed_mean([factor.narrow(axis, direction, 1) for factor in having]))
+    middle, begin = [], 0
+    for end in sorted({*ranks, factors[0].shape[axis]}):  # directions begin to end - 1: the same clients have them
+        having = [f for f, rank in zip(factors, ranks, strict=True) if rank >= end] or factors
+        middle.append(_trimmed_mean([factor.narrow(axis, begin, end - begin) for factor in having]))
+        begin = end
     return torch.cat(middle, axis)
 
 
