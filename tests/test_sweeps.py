@@ -235,6 +235,7 @@ def results(values: Sequence[float], personal: float, source: str = "server", **
             "round": n + 1,
             "metrics": {"word_perplexity": v} if source == "server" else None,
             "uplink_bytes": 1000,
+            "downlink_bytes": 1500,
             "seconds": 2.0,
         }
         for n, v in enumerate(values)
@@ -303,6 +304,7 @@ def test_means_and_deviations_over_the_seeds(rows: list[Row]) -> None:
     assert spread([3.0]) == Spread(3.0, None, 1)
     assert rows[1].spread("clients_personal_word_perplexity") == Spread(82.5, pytest.approx(3.5355, rel=1e-4), 2)
     assert rows[0].spread("uplink_bytes") == Spread(3000, 0.0, 3) and rows[0].spread("seconds") == Spread(6.0, 0.0, 3)
+    assert rows[0].spread("downlink_bytes") == Spread(4500, 0.0, 3)
 
 
 def test_server_and_clients_never_share_a_column(sweep: Sweep, rows: list[Row]) -> None:
@@ -348,7 +350,8 @@ def test_centralised_training_has_no_uplink_to_compare(tmp_path: Path) -> None:
     rows = rows_of([records.read(run, results([3.0, 2.0], 1.0), None) for run in sweep.runs])
     lines = markdown.table_of(sweep, rows)
     at = cells(lines, "method").index("uplink in all")
-    assert cells(lines, "fedgen-edge")[at] == "2.0 kB" and cells(lines, "centralized")[at] == "–"
+    assert cells(lines, "fedgen-edge")[at : at + 2] == ["2.0 kB", "3.0 kB"]
+    assert cells(lines, "centralized")[at : at + 2] == ["–", "–"]
     assert [one.curve.uplink for row in rows for one in row.done if one.curve] == [(1000, 2000), ()]
     assert len(plots.draw(sweep, rows, tmp_path)) == 3
 
@@ -465,8 +468,20 @@ def test_a_curve_along_every_numeric_axis(tmp_path: Path) -> None:
     found = plan(BASE)
     made = rows_of([records.read(run, results([90.0 + run.seed], 80.0), None) for run in found.runs])
     names = [name for _, name in plots.draw(found, made, tmp_path)]
-    assert {"along-lora.rank.png", "along-partition.alpha.png", "against-bytes.png"} <= set(names)
-    assert "against-rounds.png" not in names  # measured once
+    assert {"along-lora.rank.png", "along-partition.alpha.png"} <= set(names)
+    assert not {"against-rounds.png", "against-bytes.png"} & set(names)  # measured once, with the same bytes
+
+
+def test_one_measurement_is_drawn_against_bytes_where_these_differ(tmp_path: Path) -> None:
+    found = plan("clients = 2\n[grid]\nlora.rank = [2, 4]")
+
+    def sent(rank: int) -> dict[str, Any]:
+        one = results([90.0], 80.0)
+        one["rounds"][0]["uplink_bytes"] = 1000 * rank
+        return one
+
+    made = rows_of([records.read(run, sent(int(run.point["lora.rank"])), None) for run in found.runs])
+    assert "against-bytes.png" in {name for _, name in plots.draw(found, made, tmp_path)}
 
 
 def test_signs_stand_once_for_each_point(sweep: Sweep) -> None:

@@ -120,6 +120,7 @@ def columns(part: Sequence[Row]) -> list[tuple[str, str, str]]:
         ("personal_gain", "personal gain over global", "percent"),
         ("uplink_bytes_per_client_round", "uplink per client and round", "bytes"),
         ("uplink_bytes", "uplink in all", "bytes"),
+        ("downlink_bytes", "downlink in all", "bytes"),
     ]
     return [column for column in wanted if column[0] in there]
 
@@ -299,6 +300,15 @@ def processor() -> str:
     return f" ({name})" if name else ""
 
 
+def _clustered(sweep: Sweep) -> bool:
+    return any(run.settings["clusters.by"] != "none" for run in sweep.runs)
+
+
+def shared_adapter(sweep: Sweep) -> str:
+    """What a client's personal adapter is compared with."""
+    return "the global or its cluster's adapter" if _clustered(sweep) else "global"
+
+
 def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     """How to read the table, as far as this one needs it."""
     said = [
@@ -306,8 +316,9 @@ def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         "adapter's start and what is drawn. One seed has no deviation.",
         "- Bold: the lowest mean of a column, where no other row comes within one standard deviation of both. "
         "`centralized` is a bound and does not compete.",
-        "- Uplink counts every reply that arrived; what centralised training would have to send, the data, is not "
-        "known. Seconds are those of the rounds, without what is measured around them.",
+        "- Uplink counts every reply that arrived, downlink all that clients were sent in the rounds; what centralised "
+        "training would have to send, the data, is not known. Seconds are those of the rounds, without what is "
+        "measured around them.",
     ]
     if sweep.target:
         where = "on the server's test set"
@@ -317,7 +328,7 @@ def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
             f"- Rounds to the target: the first measured round that is as good, {where}; a number only where every "
             "seed got there."
         )
-    if any(run.settings["clusters.by"] != "none" for run in sweep.runs):
+    if _clustered(sweep):
         said.append(
             "- With clusters, `global` of the clients' columns is each client's cluster's adapter; on the server's "
             "test set it is the mean of the clusters. The Rand index compares the clusters with what the clients own: "

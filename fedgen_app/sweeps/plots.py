@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgen_app.settings import Value
-from fedgen_app.sweeps.markdown import point_name, sections, words
+from fedgen_app.sweeps.markdown import point_name, sections, shared_adapter, words
 from fedgen_app.sweeps.plan import Sweep, shown
 from fedgen_app.sweeps.records import Row, spread
 
@@ -20,6 +20,7 @@ LINES = 12  # of one picture; beyond that nobody tells the colours apart, and th
 MARKERS = "osD^vP*Xdph<"
 UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("bytes", 1))
 BAND = 0.18  # opacity
+ALIKE = 1.01  # amounts within this factor are the same
 WIDE = 3.0  # an axis whose values span more than this factor is drawn in logarithms
 
 
@@ -81,7 +82,7 @@ def _courses(sweep: Sweep, title: str, part: Sequence[Row], output: Path, mark: 
     unit, factor = next((unit for unit in UNITS if most >= unit[1]), UNITS[-1])  # nothing is sent up by some methods
     longest = max(len(record.curve.rounds) for row in shown_rows for record in row.done if record.curve)
     for against, label in (("rounds", "round"), ("bytes", f"{unit} sent up in all")):
-        if against == "rounds" and longest == 1:  # measured once, in the end: no course
+        if longest == 1 and (against == "rounds" or not _differ(shown_rows)):  # measured once, in the end: no course
             continue
         figure, (axes,) = _canvas()
         for number, row in enumerate(shown_rows):
@@ -99,6 +100,12 @@ def _courses(sweep: Sweep, title: str, part: Sequence[Row], output: Path, mark: 
         _save(figure, axes, output / name, 2)
         made.append((f"{words(metric)} against {against}{f', {title}' if title else ''}", name))
     return made
+
+
+def _differ(rows: Sequence[Row]) -> bool:
+    """Whether rows send unlike amounts; else their points lie above each other, and bytes say nothing."""
+    sent = [n for row in rows for r in row.done if r.curve and not row.method.pooled for n in r.curve.uplink[-1:]]
+    return max(sent, default=0) > ALIKE * min(sent, default=0)
 
 
 def _course(axes: Axes, row: Row, metric: str, factor: int, number: int, label: str) -> None:
@@ -132,7 +139,7 @@ def _along(sweep: Sweep, rows: Sequence[Row], axis: str, output: Path) -> list[t
     for (task, metric, own), part in by_measure.items():
         panels = [(f"server_{metric}", f"{words(metric)}, server's test set")] if metric else []
         panels += [(f"clients_personal_{own}", f"{words(own)}, clients' hold-outs, personal")] if own else []
-        panels += [("personal_gain", "personal gain over global, %")] if own else []
+        panels += [("personal_gain", f"personal gain over {shared_adapter(sweep)}, %")] if own else []
         panels = [(name, label) for name, label in panels if any(row.spread(name) for row in part)]
         if not panels:
             continue
@@ -183,7 +190,7 @@ def _number(value: Value) -> float:
 
 
 def _gains(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, str]]:
-    """What each client's personal adapter gains over the global one, against the examples that it trains on."""
+    """What each client's personal adapter gains over the one it shares, against the examples that it trains on."""
     there = [row for row in rows if any(record.clients for record in row.done)]
     left_out, there = len(there[LINES:]), there[:LINES]
     if not there:
@@ -199,7 +206,7 @@ def _gains(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, s
     if max(counts) > WIDE * min(counts):
         axes.set_xscale("log")
     axes.set_xlabel("training examples of a client (of texts: rows)")
-    axes.set_ylabel("personal gain over global, %")
+    axes.set_ylabel(f"personal gain over {shared_adapter(sweep)}, %")
     _save(figure, axes, output / "personal-gain.png", len(there))
     title = "gain of each client's personal adapter against its training examples"
     return [(title + (f", without the last {left_out} rows" if left_out else ""), "personal-gain.png")]

@@ -99,7 +99,8 @@ def read(run: Run, results: Mapping[str, Any], target: Target | None) -> Record:
     if federated and final["uplink_bytes_per_client_round"] is not None:
         figures["uplink_bytes_per_client_round"] = final["uplink_bytes_per_client_round"]
     if federated:
-        figures["uplink_bytes"] = sum(entry["uplink_bytes"] for entry in results["rounds"])
+        for way in ("uplink_bytes", "downlink_bytes"):
+            figures[way] = sum(entry[way] for entry in results["rounds"])
     figures["seconds"] = sum(entry["seconds"] for entry in results["rounds"])
     curve = _curve(results, federated)
     reached = None
