@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from helpers import FEDGEN, ROOT, command, events, results, tiny_data, tiny_model, tiny_overrides, write_records
 
 from fedgen_app.engines.keeper import end_processes, free_port
@@ -117,6 +118,13 @@ def until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
 
 def listening(port: int) -> bool:
     return any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in psutil.net_connections("tcp"))
+
+
+def beside_a_folder_of_the_connection_s_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work where an operator often does: beside the provisioned folder, here one that `flwr` would take for an app."""
+    (folder / "clinic").mkdir()
+    (folder / "clinic" / "pyproject.toml").write_text("[project]\nname = 'no app'\n", encoding="utf-8")
+    monkeypatch.chdir(folder)
 
 
 def fedgen(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -7,14 +7,25 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from fleets import NGINX, fedgen, fleet_file, install, listening, nginx, service, until
+from fleets import (
+    NGINX,
+    beside_a_folder_of_the_connection_s_name,
+    fedgen,
+    fleet_file,
+    install,
+    listening,
+    nginx,
+    service,
+    until,
+)
 from helpers import ROOT, command, results, tiny_data, tiny_overrides
 
 from fedgen_app.engines.keeper import end_processes, free_port
 
 
 @pytest.mark.slow
-def test_a_provisioned_fleet_runs(tmp_path: Path) -> None:
+def test_a_provisioned_fleet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside_a_folder_of_the_connection_s_name(tmp_path, monkeypatch)
     ports, devices = (free_port(), free_port()), ("ward-7", "ward-8")
     made = command("provision", fleet_file(tmp_path, devices, ports), "--output", tmp_path / "out")
     assert made.status == 0, made.err

@@ -89,6 +89,9 @@ MISTAKES = {
     "hosts = ['a']\ninsecure = true": r"server\.insecure = True: no such key",
     "hosts = ['a']\nproxy = false": r"server\.proxy = False: .*would be open on a",
     "hosts = ['a']\noperators = ['10.0.0.5/8']": r"server\.operators\[0\] = '10\.0\.0\.5/8': should be an IP address",
+    "hosts = ['a']\noperators = ['fe80::1%x; allow all; #']": r"server\.operators\[0\] = .*without a scope",
+    "hosts = ['fe80::1%$(id)']": r"server\.hosts\[0\] = 'fe80::1%\$\(id\)': should be an address without a scope",
+    "hosts = ['a']\n[paths]\nenvironment = '/etc/fedgen/env'": r"paths\.environment = '/etc/fedgen/env': lies in",
     "hosts = ['a']\nport = 9091": r"server\.port = 9091: the SuperLink itself listens there",
 }
 DEVICE = {
@@ -98,6 +101,8 @@ DEVICE = {
     "id = 'A'": r"device\[1\]\.id = 'A': so is another device called \('a'\)",
     "data = 'texts'": r"device\[1\]\.data = 'texts': should be an absolute path",
     "data = '/a\\nb'": r"device\[1\]\.data = ",
+    "data = '/var/lib/fedgen/a/d'": r"device\[1\]\.data = '/var/lib/fedgen/a/d': lies in /var/lib/fedgen, of which",
+    "cluster-key = '/etc/fedgen/a/k'": r"device\[1\]\.cluster-key = '/etc/fedgen/a/k': lies in /etc/fedgen, of which",
     "backbone = './model'": r"device\[1\]\.backbone = '\./model': should be an absolute path",
     "memory = '4 gigs'": r"device\[1\]\.memory = '4 gigs': should be bytes, or a text such as '4GB'",
     "backbone-bits = 5": r"device\[1\]\.backbone-bits = 5: should be 0, 4 or 8",
@@ -441,18 +446,19 @@ def test_a_device_is_told_which_file_its_user_cannot_read(capsys: pytest.Capture
         assert checks.main(["readable", place]) == 0
 
 
-def test_the_installer_lets_the_services_user_try_the_backbone(made: Path) -> None:
-    tried = 'runuser -u "$user" -- "$python" -P -m fedgen_app.fleet.checks readable "$backbone"'
-    for device, backbone in (("ward-7", "/models/smollm2"), ("12", "''")):
+def test_the_installer_lets_the_services_user_try_what_is_read(made: Path) -> None:
+    tried = 'runuser -u "$user" -- "$python" -P -m fedgen_app.fleet.checks readable "$path"'
+    read = {"ward-7": "'/data/the texts' /models/smollm2 /data/wishes.txt /models/encoder", "12": "/data/texts"}
+    for device, paths in read.items():
         script = (made / "devices" / device / "install.sh").read_text()
-        assert f"    backbone={backbone}\n" in script and tried in script
+        assert f"    for path in {paths}; do\n" in script and tried in script
 
 
 def test_systemd_takes_the_units(made: Path, tmp_path: Path) -> None:
     units = sorted(made.rglob("*.service"))
     assert len(units) == 5
     worker = (made / "devices" / "ward-7" / "fedgen-worker-ward-7.service").read_text()
-    assert "InaccessiblePaths=/etc/fedgen/ward-7/device.key\n" in worker and "IPAddressDeny=any\n" in worker
+    assert "BindReadOnlyPaths=/dev/null:/etc/fedgen/ward-7/device.key\n" in worker and "IPAddressDeny=any\n" in worker
     assert "PrivateUsers=yes\n" in worker
     for key, place in (("backbone", "/models/smollm2"), ("cluster-encoder", "/models/encoder")):
         hub = again(made, FLEET.replace(f'{key} = "{place}"', f'{key} = "org/model"'))
@@ -512,7 +518,7 @@ def test_the_same_again_changes_nothing(made: Path) -> None:
 
 def test_devices_come_and_go_and_the_others_keep_their_keys(made: Path) -> None:
     kept = content(made, "devices/12/device.key")
-    text = FLEET.replace('id = "ward-7"', 'id = "ward-8"')
+    text = FLEET.replace("ward-7", "ward-8")
     told = again(made, text)
     assert "devices new: ward-8" in told and "devices kept: 12" in told and "devices removed: ward-7" in told
     assert content(made, "devices/12/device.key") == kept
@@ -538,7 +544,7 @@ def test_what_register_noted_in_the_servers_folder_stays(made: Path) -> None:
     noted = {"server/registered.json": b'{"ward-7": {"node": "1", "key": "k"}}', "server/.lock": b""}
     for name, there in (noted | {"server/old.txt": b"of an older version"}).items():
         (made / name).write_bytes(there)
-    again(made, FLEET.replace('id = "ward-7"', 'id = "ward-8"'))
+    again(made, FLEET.replace("ward-7", "ward-8"))
     assert {name: content(made, name) for name in noted} == noted
     assert not (made / "server" / "old.txt").exists()
     assert not [name for name in members(made / "server.tar") if name.endswith(("registered.json", ".lock"))]
@@ -566,7 +572,7 @@ def test_an_authority_that_ends_first_is_renewed_and_old_devices_still_trust_it(
     old = tmp_path / "old-ca.crt"
     old.write_bytes(content(out, "devices/12/ca.crt"))
     told = again(out, short.replace("ca-days = 20", "ca-days = 3650"), "--renew")
-    assert "authority: 3649 days left (renewed)" in told and f"install again: {out}/devices/12.tar" in told
+    assert "authority: 3649 days left (new: --renew)" in told and f"install again: {out}/devices/12.tar" in told
     assert content(out, "devices/12/ca.crt") != old.read_bytes()
     with serving(out) as port:
         handshake(port, old, "fleet.example.org")

@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
-from fleets import fedgen, fleet_file, install, listening, service, until
+from fleets import beside_a_folder_of_the_connection_s_name, fedgen, fleet_file, install, listening, service, until
 from helpers import command
 
 from fedgen_app.engines.keeper import end_processes, free_port
 
 
 @pytest.mark.slow
-def test_where_record_and_superlink_differ_the_superlink_is_right(tmp_path: Path) -> None:
+def test_where_record_and_superlink_differ_the_superlink_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ports, devices = (free_port(), free_port()), ("ward-7", "ward-8")
     made = command("provision", fleet_file(tmp_path, devices, ports), "--output", tmp_path / "out")
     assert made.status == 0, made.err
     install(tmp_path, "server")
+    beside_a_folder_of_the_connection_s_name(tmp_path, monkeypatch)
     server = tmp_path / "etc" / "server"
     record = server / "registered.json"
 

@@ -8,11 +8,9 @@ from typing import Annotated
 import typer
 
 from fedgen_app.fleet import spec
-from fedgen_app.fleet.provision import Outcome
+from fedgen_app.fleet.provision import SOON, Outcome
 from fedgen_app.fleet.provision import provision as make
 from fedgen_app.fleet.registration import register as make_known
-
-SOON = 30  # days
 
 
 def provision(
@@ -53,10 +51,10 @@ def _lines(fleet: spec.Fleet, output: Path, outcome: Outcome) -> list[str]:
     )
     lines = [f"devices {what}: {', '.join(devices)}" for what, devices in groups if devices]
     for what, days, reason in (
-        ("authority", outcome.ca_days, "renewed" if outcome.ca_renewed else ""),
-        ("server certificate", outcome.server_days, outcome.server_renewed and f"new: {outcome.server_renewed}"),
+        ("authority", outcome.ca_days, outcome.ca_renewed),
+        ("server certificate", outcome.server_days, outcome.server_renewed),
     ):
-        lines.append(f"{what}: {days} days left" + (f" ({reason})" if reason else ""))
+        lines.append(f"{what}: {days} days left" + (f" (new: {reason})" if reason else ""))
         if days < SOON:
             lines.append("  ends soon or has ended: the same command with --renew, then install again")
     if "server" in outcome.changed:

@@ -132,6 +132,7 @@ class _Flwr:
     def start(self, *arguments: str, output: IO[bytes], errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
         """Start `flwr`; it does not outlive the block."""
         command = [keeper.program("flwr"), *arguments]
+        # Not where we are: flwr takes a folder that is called like the connection for an app, readable or not.
         # A session of its own: Ctrl-C in the terminal is for us, who then stop the run.
         process = subprocess.Popen(
             command,
@@ -139,6 +140,7 @@ class _Flwr:
             stdout=output,
             stderr=errors,
             env=self.environment,
+            cwd="/",
             start_new_session=True,
         )
         try:

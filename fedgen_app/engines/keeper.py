@@ -249,4 +249,6 @@ def own_environment() -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
     environment.pop("FORCE_COLOR", None)  # else colours inside the JSON
+    if home := environment.get("FLWR_HOME"):  # seen from here, wherever the program is started
+        environment["FLWR_HOME"] = str(Path(home).absolute())
     return environment

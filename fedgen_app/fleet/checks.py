@@ -1,6 +1,6 @@
 """What an install script asks: ``python -m fedgen_app.fleet.checks server HOST:PORT CA``.
 
-Or ``... policy FILE``, or ``... readable FOLDER``.
+Or ``... policy FILE``, or ``... readable PATH``.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def server_days_left(address: str, ca: Path) -> int:
     return int((ends - datetime.now(UTC).timestamp()) // 86400)
 
 
-def check_readable(folder: Path) -> None:
-    """Open every file below a folder, as whoever trains has to.
+def check_readable(path: Path) -> None:
+    """Open a file, or every file below a folder, as whoever trains has to.
 
     Raises:
         RunError: names the first that this user cannot read.
@@ -60,12 +60,14 @@ def check_readable(folder: Path) -> None:
         raise error
 
     try:
-        for place, _, names in os.walk(folder, onerror=refuse):
+        if os.path.isfile(path):
+            path.open("rb").close()
+        for place, _, names in os.walk(path, onerror=refuse) if not os.path.isfile(path) else ():
             for name in names:
                 (Path(place) / name).open("rb").close()
     except OSError as error:
         raise RunError(
-            f"{error.filename}: {error.strerror}, for this user: chmod -R a+rX {folder}, and let others enter the "
+            f"{error.filename}: {error.strerror}, for this user: chmod -R a+rX {path}, and let others enter the "
             "folders above"
         ) from None
 
@@ -79,11 +81,11 @@ def main(arguments: list[str]) -> int:
             case ["policy", file]:
                 Policy.read(Path(file))
                 print(f"ok: {file}")
-            case ["readable", folder]:
-                check_readable(Path(folder))
-                print(f"ok: {folder} can be read")
+            case ["readable", path]:
+                check_readable(Path(path))
+                print(f"ok: {path} can be read")
             case _:
-                raise RunError("arguments: server HOST:PORT CA, policy FILE, or readable FOLDER")
+                raise RunError("arguments: server HOST:PORT CA, policy FILE, or readable PATH")
     except FedgenError as error:
         print(error, file=sys.stderr)
         return 1

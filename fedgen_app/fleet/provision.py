@@ -27,6 +27,8 @@ from fedgen_app.fleet.spec import Fleet
 
 SECRET_BYTES = 48
 MARK = "fleet.json"
+IGNORE = ".gitignore"  # of everything: whoever keeps the fleet file under version control does not keep its keys there
+SOON = 30  # days before the end of a certificate in which it is told
 KEPT = (RECORD, LOCK)  # of `fedgen register`, where that is given this folder: what the SuperLink knows is not ours
 
 
@@ -35,13 +37,13 @@ class Outcome:
     """What was done.
 
     Attributes:
-        server_renewed: Why the server's certificate is new, or "".
+        ca_renewed, server_renewed: Why the certificate is new, or "".
         changed: Machines ("server" or a device) whose archive has other content than before.
     """
 
     ca_days: int
     server_days: int
-    ca_renewed: bool
+    ca_renewed: str
     server_renewed: str
     new: tuple[str, ...]
     rekeyed: tuple[str, ...]
@@ -81,7 +83,7 @@ def _check(fleet: Fleet, output: Path, new_keys: Collection[str]) -> None:
         raise SettingsError(f"--new-key {unknown[0]}: no such device in the fleet file ({', '.join(sorted(here))})")
     if output.exists() and not output.is_dir():
         raise SettingsError(f"--output {output}: is a file")
-    others = [path.name for path in output.iterdir() if path.name != ".lock"] if output.is_dir() else []
+    others = [p.name for p in output.iterdir() if p.name not in (".lock", IGNORE)] if output.is_dir() else []
     if not others:
         return
     if MARK not in others:
@@ -95,6 +97,7 @@ def _check(fleet: Fleet, output: Path, new_keys: Collection[str]) -> None:
 
 
 def _write(fleet: Fleet, output: Path, renew: bool, new_keys: Collection[str]) -> Outcome:
+    write_atomic(output / IGNORE, b"*\n")
     write_atomic(output / MARK, to_json({"schema": 1, "name": fleet.name, "devices": [d.id for d in fleet.device]}))
     ca_renewed, ca = _authority(fleet, output / "ca", renew)
     reason, secret_files = _server(fleet, output, ca, renew)
@@ -134,16 +137,18 @@ def _write(fleet: Fleet, output: Path, renew: bool, new_keys: Collection[str]) -
     )
 
 
-def _authority(fleet: Fleet, folder: Path, renew: bool) -> tuple[bool, bytes]:
-    """Whether the authority's certificate is new, and what it is. Its key stays, so what it signed stays valid."""
+def _authority(fleet: Fleet, folder: Path, renew: bool) -> tuple[str, bytes]:
+    """Why the authority's certificate is new, and what it is. Its key stays, so what it signed stays valid."""
     key_file, file, days = folder / "ca.key", folder / "ca.crt", fleet.certificates.ca_days
+    reason = "it is the first"
     if file.exists():
-        if not (renew and certificates.days_left(file.read_bytes()) <= fleet.certificates.server_days):
-            return False, file.read_bytes()
+        if not (renew and certificates.days_left(file.read_bytes()) <= max(fleet.certificates.server_days, SOON)):
+            return "", file.read_bytes()
+        reason = "--renew"
     elif not key_file.exists():
         _put(key_file, certificates.new_key(), render.SECRET)
     _put(file, certificates.authority(_authority_key(folder), fleet.name, days), render.PUBLIC)
-    return True, file.read_bytes()
+    return reason, file.read_bytes()
 
 
 def _authority_key(folder: Path) -> bytes:

@@ -47,7 +47,7 @@ def register(folder: Path, superlink: str, again: bool = False) -> Iterator[Chan
         SettingsError: the folder has no devices, or what is no public key, or one that was unregistered before.
         RunError: the SuperLink does not do it; what was done before stays noted.
     """
-    keys = {file.stem: file for file in sorted((folder / "devices").glob("*.pub"))}
+    keys = {file.stem: file.resolve() for file in sorted((folder / "devices").glob("*.pub"))}
     if not keys:
         raise SettingsError(f"{folder}: no devices/*.pub; name the folder of the server (docs/deploy.md)")
     try:
@@ -123,7 +123,12 @@ def _answer(command: list[str]) -> Mapping[str, Any]:
     said_as = " ".join(command[1:])
     try:
         ended = subprocess.run(
-            command, capture_output=True, stdin=subprocess.DEVNULL, env=keeper.own_environment(), timeout=TIMEOUT
+            command,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            env=keeper.own_environment(),
+            cwd="/",  # as in engines/flower.py
+            timeout=TIMEOUT,
         )
     except subprocess.TimeoutExpired:
         raise RunError(f"the SuperLink did not answer within {TIMEOUT:g} s: {said_as}") from None

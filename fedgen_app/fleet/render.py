@@ -120,7 +120,7 @@ def device_files(fleet: Fleet, device: Device, ca: bytes, key: bytes) -> Files:
         "address": fleet.server.address,
         "port": device.port,
         "data": shlex.quote(device.data),
-        "backbone": shlex.quote(device.backbone if device.backbone.startswith("/") else ""),
+        "paths": " ".join(shlex.quote(path) for path in device.paths().values()),
         "warm": "yes" if device.warm else "no",
         "limits": f"MemoryMax={device.memory + ROOM}"
         if device.memory

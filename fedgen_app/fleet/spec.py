@@ -27,6 +27,7 @@ TAKEN = ("server", "operator")  # folders beside those of the devices
 
 def _host(value: str) -> str:
     if is_address(value):
+        _without_scope(value)
         if ipaddress.ip_address(value).is_unspecified:
             raise PydanticCustomError("host", "should be an address that devices can reach, not the one to listen on")
         return value
@@ -35,7 +36,14 @@ def _host(value: str) -> str:
     return value.lower()
 
 
+def _without_scope(value: str) -> None:
+    """Refuse ``fe80::1%eth0``: the scope means something on one machine alone, and takes any text."""
+    if "%" in value:
+        raise PydanticCustomError("scope", "should be an address without a scope (%...)")
+
+
 def _network(value: str) -> str:
+    _without_scope(value)
     try:
         return str(ipaddress.ip_network(value))
     except ValueError:
@@ -168,6 +176,15 @@ class Device(_Table):
     port: Port = 9094
     warm: Annotated[bool, Field(strict=True)] = True
 
+    def paths(self) -> dict[str, str]:
+        """What lies on the device and is read there, by key; without the key of the clusters, which comes later."""
+        named = {"data": self.data, "backbone": self.backbone, "prompts": self.prompts}
+        return {
+            key: path
+            for key, path in {**named, "cluster-encoder": self.cluster_encoder}.items()
+            if path.startswith("/")
+        }
+
 
 class Fleet(_Table):
     """A whole fleet file."""
@@ -216,6 +233,14 @@ def _contradictions(fleet: Fleet) -> Iterator[str]:
         if device.host and place in places:
             yield f"device[{number}].port = {device.port!r}: {places[place]!r} on {device.host} has it too"
         places[place] = device.id
+        for key, path in {**device.paths(), "cluster-key": device.cluster_key}.items():
+            if hidden := _hidden(path, fleet.paths, device.id):
+                yield (
+                    f"device[{number}].{key} = {path!r}: lies in {hidden}, of which the services see their own folder "
+                    f"alone ({hidden}/{device.id}); put it elsewhere"
+                )
+    if hidden := _hidden(fleet.paths.environment, fleet.paths, ""):
+        yield f"paths.environment = {fleet.paths.environment!r}: lies in {hidden}, which the services do not see whole"
     if not fleet.server.proxy and (beyond := [host for host in fleet.server.hosts if not is_loopback(host)]):
         yield (
             f"server.proxy = False: without it the control API, which knows no login, would be open on {beyond[0]}; "
@@ -223,6 +248,15 @@ def _contradictions(fleet: Fleet) -> Iterator[str]:
         )
     if fleet.server.proxy and fleet.server.port == fleet.server.superlink_port:
         yield f"server.port = {fleet.server.port!r}: the SuperLink itself listens there (superlink-port)"
+
+
+def _hidden(path: str, paths: Paths, device: str) -> str:
+    """The one of the fleet's two folders that a path lies in and that hides it from the device's services; "": none."""
+    for folder in (paths.config, paths.state):
+        own = Path(folder) / device if device else None
+        if Path(path).is_relative_to(folder) and not (own and Path(path).is_relative_to(own)):
+            return folder
+    return ""
 
 
 def is_loopback(host: str) -> bool:

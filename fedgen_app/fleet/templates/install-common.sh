@@ -24,13 +24,16 @@ python="$environment/bin/python" wheel="fedgen_edge-@{version}-py3-none-any.whl"
 get="lay $wheel beside install.sh and run it again (docs/deploy.md says how it is built)"
 installed() { "$python" -P -c 'from importlib.metadata import version; print(version("fedgen-edge"))' 2>/dev/null || echo none; }
 [ -x "$python" ] || die "$python is not there; make it: python3 -m venv $environment, then $get"
+"$python" -c 'import sys; sys.exit(3 if sys.version_info < (3, 11) else 0)' || [ "$?" != 3 ] ||
+    die "$("$python" --version) in $environment: fedgen-edge needs 3.11 or newer; make it with such a one: python3.11 -m venv $environment"
+changed=no  # whether services have to start anew: a restart of the SuperExec ends the run under way
 found=$(installed)
 if [ "$found" != "@{version}" ]; then  # a wheel that was copied here, itself or beside the archive, before any index
     for file in "$here/$wheel" "$here/../$wheel"; do
         if [ -f "$file" ]; then
             say "installing $file in $environment"
             "$environment/bin/pip" install "$file" || die "$file cannot be installed in $environment, see above"
-            found=$(installed)
+            found=$(installed) changed=yes
             break
         fi
     done
@@ -58,18 +61,41 @@ folder() {  # folder MODE PATH
         die "$2 cannot be made"
 }
 
-place() {  # place MODE FILE PATH
+place() {  # place MODE FILE PATH: whole or not at all, so that a full disk does not take what was there
     [ -f "$here/$2" ] || die "$here/$2 is missing: the archive is not complete"
-    if [ "$files_only" = yes ]; then install -m "$1" "$here/$2" "$3"; else install -m "$1" -o "$user" -g "$user" "$here/$2" "$3"; fi ||
-        die "$3 cannot be written"
-    cmp -s "$here/$2" "$3" || die "$3 is not what was written; is the disk full?"
+    if [ "$files_only" = yes ]; then install -m "$1" "$here/$2" "$3.new"; else install -m "$1" -o "$user" -g "$user" "$here/$2" "$3.new"; fi ||
+        { rm -f "$3.new"; die "$3 cannot be written"; }
+    cmp -s "$here/$2" "$3.new" || { rm -f "$3.new"; die "$3 is not what was written; is the disk full?"; }
+    cmp -s "$3.new" "$3" || changed=yes
+    mv -f "$3.new" "$3" || die "$3 cannot be written"
 }
 
-serve() {  # serve NAME
-    install -m 0644 "$here/$1.service" "/etc/systemd/system/$1.service" || die "the service $1 cannot be installed"
+units=/etc/systemd/system
+
+place_unit() {  # place_unit NAME
+    cmp -s "$here/$1.service" "$units/$1.service" || changed=yes
+    install -m 0644 "$here/$1.service" "$units/$1.service" || die "the service $1 cannot be installed"
     systemctl daemon-reload || die "systemctl daemon-reload failed"
-    systemctl enable "$1" || die "the service $1 cannot be enabled"
-    systemctl restart "$1" || die "the service $1 does not start: journalctl -u $1"
-    for _ in 1 2 3 4 5; do sleep 1; systemctl is-active --quiet "$1" || die "the service $1 ended: journalctl -u $1"; done
-    say "ok: service $1 runs"
+    systemctl enable "$1.service" || die "the service $1 cannot be enabled"
+}
+
+serve() {  # serve NAME [TEXT]: runs, and where a TEXT is named has said it, which takes up to a minute
+    if [ "$changed" = no ] && systemctl is-active --quiet "$1.service"; then
+        say "ok: service $1 runs as before"
+        return
+    fi
+    began=$(date +%s)
+    systemctl restart "$1.service" || die "the service $1 does not start: journalctl -u $1"
+    seconds=0 until=5
+    if [ -n "${2:-}" ]; then until=60; fi
+    while [ "$seconds" -lt "$until" ]; do
+        sleep 1
+        seconds=$((seconds + 1))
+        systemctl is-active --quiet "$1.service" || die "the service $1 ended${3:-}: journalctl -u $1"
+        if [ -n "${2:-}" ] && journalctl --quiet --output cat --unit "$1.service" --since "@$began" | grep -q "$2"; then
+            say "ok: service $1 runs, and has reached the server"
+            return
+        fi
+    done
+    if [ -n "${2:-}" ]; then say "service $1 runs, but has not reached the server within a minute; it goes on trying"; else say "ok: service $1 runs"; fi
 }

@@ -19,21 +19,24 @@ say "ok: files in $target"
 
 "$python" -P -m fedgen_app.fleet.checks policy "$target/policy.toml" || die "see above"
 if [ "$files_only" = no ]; then
-    runuser -u "$user" -- test -r @{data} || die @{data}" cannot be read by the user $user: chgrp -R $user it and chmod -R g+rX it, and let others enter the folders above"
-    say "ok: the data can be read"
-    backbone=@{backbone}
-    if [ -e "$backbone" ]; then runuser -u "$user" -- "$python" -P -m fedgen_app.fleet.checks readable "$backbone" || die "see above"; fi
+    [ -e @{data} ] || die @{data}" is not there"
+    for path in @{paths}; do
+        if [ -e "$path" ]; then runuser -u "$user" -- "$python" -P -m fedgen_app.fleet.checks readable "$path" || die "see above"; fi
+    done
 fi
 if [ "$offline" = no ]; then
     "$python" -P -m fedgen_app.fleet.checks server "@{address}" "$target/ca.crt" || die "the server does not answer as it should; --offline leaves this check out"
 fi
 if [ "$files_only" = no ]; then
-    serve "fedgen-supernode-@{id}"
+    place_unit "fedgen-supernode-@{id}"
+    if [ "$warm" = yes ]; then place_unit "fedgen-worker-@{id}"; fi  # both are there, whatever becomes of the first
+    serve "fedgen-supernode-@{id}" "SuperNode ID:" \
+        " (if the SuperLink does not know this device yet: fedgen register, on the server; the service tries again by itself)"
     if [ "$warm" = yes ]; then
         serve "fedgen-worker-@{id}"
-    elif [ -e "/etc/systemd/system/fedgen-worker-@{id}.service" ]; then  # of an earlier installation
-        systemctl disable --now "fedgen-worker-@{id}" || die "the service fedgen-worker-@{id} cannot be ended"
-        rm "/etc/systemd/system/fedgen-worker-@{id}.service"
+    elif [ -e "$units/fedgen-worker-@{id}.service" ]; then  # of an earlier installation
+        systemctl disable --now "fedgen-worker-@{id}.service" || die "the service fedgen-worker-@{id} cannot be ended"
+        rm "$units/fedgen-worker-@{id}.service"
     fi
 fi
 say "installed. What it says: journalctl -f -u 'fedgen-*-@{id}'"

@@ -1,7 +1,11 @@
     command -v nginx >/dev/null || die "nginx is missing, without which no device reaches the SuperLink: apt install nginx"
     [ -d /etc/nginx/conf.d ] || die "/etc/nginx/conf.d is not there; put $here/nginx.conf where nginx reads it"
-    install -m 0644 "$here/nginx.conf" /etc/nginx/conf.d/fedgen-@{name}.conf || die "nginx's configuration cannot be written"
-    nginx -t || die "nginx refuses /etc/nginx/conf.d/fedgen-@{name}.conf, see above"
+    conf=/etc/nginx/conf.d/fedgen-@{name}.conf
+    # Without IPv6 in the kernel nginx would refuse all of it.
+    if [ -e /proc/net/if_inet6 ]; then cat "$here/nginx.conf"; else sed '/listen \[::\]/d' "$here/nginx.conf"; fi >"$conf" ||
+        die "nginx's configuration cannot be written"
+    chmod 0644 "$conf"
+    nginx -t || die "nginx refuses $conf, see above"
     systemctl enable --now nginx || die "nginx does not start: journalctl -u nginx"
     systemctl reload nginx || die "nginx cannot be reloaded: journalctl -u nginx"
     say "ok: nginx passes the fleet API on port @{port}"

@@ -17,12 +17,16 @@ place 0600 server.key "$target/server.key"
 place 0600 superexec.secret "$target/superexec.secret"
 place 0755 superlink.sh "$target/superlink.sh"
 place 0755 superexec.sh "$target/superexec.sh"
+restart=$changed
 place 0600 config.toml "@{state}/server/flower/config.toml"
 # By name: where this was unpacked over an older archive, keys of devices that left lie here too.
 for device in @{devices}; do place 0644 "devices/$device.pub" "$target/devices/$device.pub"; done
+changed=$restart  # of these two the services read nothing
 say "ok: files in $target"
 
 if [ "$files_only" = no ]; then
+    place_unit fedgen-superlink
+    place_unit fedgen-superexec
     serve fedgen-superlink
     serve fedgen-superexec
 @{proxy}fi

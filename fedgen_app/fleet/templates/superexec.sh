@@ -1,5 +1,5 @@
 #!/bin/sh
-# Starts the SuperExec of fleet @{name}, which runs the ServerApp; made by `fedgen provision`.
+# Starts the SuperExec of fleet @{name}, which runs the ServerApp; made by `fedgen provision` @{version}.
 @{common}
 exec "@{environment}/bin/flower-superexec" \
     --runtime-api-address "@{superlink_address}" \

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Starts the SuperNode of device @{id}; made by `fedgen provision`.
+# Starts the SuperNode of device @{id}; made by `fedgen provision` @{version}.
 @{common}
 set -- \
     --superlink "@{address}" \
