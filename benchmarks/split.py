@@ -1,10 +1,11 @@
 """What split inference costs: seconds and bytes against all steps on the device and all steps on the service.
 
-    python benchmarks/split.py [--run RUN_DIR] [--steps 20] [--images 4] [--repeat 5] [--markdown FILE]
+    python benchmarks/split.py [--run RUN_DIR] [--steps 20] [--images 4] [--repeat 5] [--threads 1] [--markdown FILE]
 
-Device and service are two processes of this machine with as many threads each; they take turns, as one waits for the
-other. All ways are measured in turn in one session, and seconds are told as ratios to all steps on the device. Bytes
-are those of the bodies. A net between them adds its own time: bytes divided by its speed.
+Device and service are two processes of this machine with as many threads each (``--threads``); they take turns, as one
+waits for the other. All ways are measured in turn in one session; seconds are told as medians, and as ratios to all
+steps on the device in the same turn. Bytes are those of the bodies. A net between them adds its own time: bytes divided
+by its speed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import httpx
 ROOT = Path(__file__).resolve().parents[1]
 FEDGEN = Path(sys.executable).with_name("fedgen")
 TEXTS = ("an outline drawing of a bag", "a negative of a coat", "a mosaic of a sneaker", "an engraving of a dress")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # what torch and its libraries go by
 # The shortest run that leaves four clusters: what an adapter holds changes no seconds.
 SHORT = {
     "num-server-rounds": 1,
@@ -51,12 +53,13 @@ def make_run(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def served(run: Path, token: str, images: int) -> Iterator[str]:
-    """The address of `fedgen serve` in a process of its own."""
+def served(run: Path, token: str, images: int, threads: int) -> Iterator[str]:
+    """The address of `fedgen serve` in a process of its own, with so many threads."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = int(taken.getsockname()[1])
     command = [FEDGEN, "serve", run, "--port", str(port), "--most-images", str(images), "--rate", "100000"]
-    serving = subprocess.Popen([*command, "--burst", "100000"], env={**os.environ, "FEDGEN_TOKEN": token})
+    environment = {**os.environ, "FEDGEN_TOKEN": token, **dict.fromkeys(THREADS, str(threads))}
+    serving = subprocess.Popen([*command, "--burst", "100000"], env=environment)
     try:
         deadline = time.monotonic() + 300
         while True:
@@ -77,12 +80,16 @@ def measure(run: Path, url: str, token: str, args: argparse.Namespace) -> dict[s
     sys.path.insert(0, str(ROOT))
     import torch
 
+    torch.set_num_threads(args.threads)
+
     from fedgen_app.cli.finished import settings_of
     from fedgen_app.learning import adapters
     from fedgen_app.learning.backbone import load_task, open_backbone
     from fedgen_app.serving.client import Choice, Remote, draw
 
     known = settings_of(run)
+    if known.threads not in (0, args.threads):
+        raise SystemExit(f"the run says threads = {known.threads}, for device and service: --threads {known.threads}")
     settings = known.sampling(steps=args.steps, sampler="ddim")
     task, backbone = load_task(settings.task), open_backbone(settings)
     adapters.write(backbone.model, adapters.load_adapter(run / "clusters" / "0" / "adapter_model.safetensors"))
@@ -118,21 +125,23 @@ def measure(run: Path, url: str, token: str, args: argparse.Namespace) -> dict[s
     return found
 
 
-def table(found: Mapping[str, Sequence[Mapping[str, float]]], steps: int, images: int) -> str:
-    """Markdown: ratios to all steps on the device, turn by turn."""
+def table(found: Mapping[str, Sequence[Mapping[str, float]]], steps: int, images: int, threads: int) -> str:
+    """Markdown: seconds, and ratios to all steps on the device, turn by turn."""
     lines = [
-        "| way | time, ratio (lowest to highest) | of it the device computes | sent, kB | received, kB |",
-        "|---|---:|---:|---:|---:|",
+        "| way | seconds | on the device | ratio (lowest to highest) | on the device | sent, kB | received, kB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, turns in found.items():
         ratios = [turn["whole"] / base["whole"] for turn, base in zip(turns, found["device"], strict=True)]
         own = [turn["device"] / base["whole"] for turn, base in zip(turns, found["device"], strict=True)]
         way = {"device": f"all {steps} steps on the device", "service": f"all {steps} steps on the service"}
         shown = way.get(name, f"{name.removeprefix('split ')} of {steps} steps on the service")
-        cells = [shown, f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
+        cells = [shown, *(f"{statistics.median(turn[part] for turn in turns):.3f}" for part in ("whole", "device"))]
+        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         cells += [f"{statistics.median(own):.2f}", f"{turns[0]['up'] / 1000:.1f}", f"{turns[0]['down'] / 1000:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([f"{images} images a request, {len(found['device'])} turns:", "", *lines, ""])
+    of = f"{images} images a request, {len(found['device'])} turns, threads of device and service: {threads} each"
+    return "\n".join([f"{of}; seconds are medians:", "", *lines, ""])
 
 
 def main() -> None:
@@ -142,13 +151,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of the device's process, and of the service's")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     args = parser.parse_args()
     token = secrets.token_hex(32)
     with tempfile.TemporaryDirectory() as scratch:
         run = args.run or make_run(Path(scratch) / "run")
-        with served(run, token, args.images) as url:
-            text = table(measure(run, url, token, args), args.steps, args.images)
+        with served(run, token, args.images, args.threads) as url:
+            text = table(measure(run, url, token, args), args.steps, args.images, args.threads)
     print(text)
     if args.markdown:
         args.markdown.write_text(text)

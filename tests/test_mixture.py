@@ -194,3 +194,9 @@ def test_what_cannot_be_mixed_is_refused() -> None:
     whole = open_backbone(image_settings("text"), weights="model")
     with pytest.raises(AdapterError, match="all weights learned"), active(whole.model, parts, [Mixture.of({0: 1})]):
         pass
+    with (
+        backbone.model.disable_adapter(),
+        pytest.raises(AdapterError, match="switched off"),
+        active(backbone.model, parts, [Mixture.of({0: 1})]),
+    ):
+        pass

@@ -82,6 +82,8 @@ def test_texts_are_written_on_the_device_with_the_mixed_adapter() -> None:
             assert there.out == here.out and there.out.count("---") == 3
         refused = command(*asked, "--via", service.url, "--split", "2")
         assert refused.status == 2 and "made in one place" in refused.err
+        refused = command(*asked, "--via", service.url, "--frozen")
+        assert refused.status == 2 and refused.out == "" and "--frozen: without --split" in refused.err
 
 
 def test_a_device_needs_the_settings_and_its_own_adapter(images: Listening, tmp_path: Path) -> None:
@@ -139,6 +141,7 @@ def test_what_a_device_asks_wrongly_or_of_nobody_is_told(images: Listening, monk
         (["--via", images.url, "--client", "nobody"], 2, "--client nobody: without --split"),
         (["--via", images.url, "--cluster", "1"], 2, "--cluster 1: without --split"),
         (["--via", images.url, "--adapter", "x"], 2, "--adapter x: without --split"),
+        (["--via", images.url, "--frozen"], 2, "--frozen: without --split"),
         (["--via", images.url, "--mix", "0:1", "--cluster-encoder", "e"], 2, "serves --mix auto alone"),
         (["--via", images.url, "--cluster-encoder", "/nowhere"], 3, "clusters.encoder = '/nowhere'"),
         (["--via", images.url, "--mix", "7:1"], 3, "HTTP 422"),

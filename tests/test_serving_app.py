@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -51,3 +53,50 @@ def test_without_tokens_no_other_host_is_answered() -> None:
     with answering(b"drawn") as (host, port):
         headers = AUTHORISED | {"Host": "images.example.org"}
         assert httpx.post(f"http://{host}:{port}/v1/images", content=image_body(), headers=headers).status_code == 200
+
+
+def test_a_token_has_one_rate_wherever_it_is_sent_from() -> None:
+    with answering(burst=2, per_minute=1) as (_, port):
+        found = []
+        for source in ("127.0.0.1", "127.0.0.2", "127.0.0.3"):
+            transport = httpx.HTTPTransport(local_address=source)
+            with httpx.Client(transport=transport, headers=AUTHORISED) as client:
+                found.append(client.post(f"http://127.0.0.1:{port}/v1/images", content=image_body()).status_code)
+    assert found == [200, 200, 429]
+
+
+def test_who_hangs_up_while_it_waits_costs_no_work() -> None:
+    with (
+        answering(b"drawn", work=3.0, batch=1) as (host, port),
+        httpx.Client(base_url=f"http://{host}:{port}", headers=AUTHORISED) as client,
+        ThreadPoolExecutor(3) as pool,
+    ):
+
+        def told(line: str) -> bool:
+            return f"fedgen_serve_{line}" in client.get("/metrics").text.splitlines()
+
+        working = pool.submit(client.post, "/v1/images", content=image_body())
+        deadline = time.monotonic() + 20
+        while not told("open 1"):
+            assert time.monotonic() < deadline
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"http://{host}:{port}/v1/images", content=image_body(), headers=AUTHORISED, timeout=0.3)
+        while not told("open 0"):
+            assert time.monotonic() < deadline
+        assert working.result().content == b"drawn"
+        assert told("batches_total 1") and told('requests_total{path="images",status="499"} 1')
+
+
+def test_bodies_in_memory_are_bounded_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asks.Frame, "most_bytes", len(image_body()))
+    with (
+        answering(b"drawn", work=1.0, held=0) as (host, port),
+        httpx.Client(base_url=f"http://{host}:{port}", headers=AUTHORISED) as client,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        answers = [pool.submit(client.post, "/v1/images", content=image_body()) for _ in range(2)]
+        statuses = sorted(answer.result().status_code for answer in answers)
+        assert statuses == [200, 429]
+        assert client.post("/v1/images", content=image_body()).status_code == 200
+        refused = client.post("/v1/images", content=image_body() + b"x")
+        assert refused.status_code == 413 and "3 images need" in refused.text

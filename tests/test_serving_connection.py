@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,9 @@ import httpx
 import pytest
 from serving import LOCAL, TOKEN, answering, image_body
 
+from fedgen_app.errors import RunError
 from fedgen_app.fleet import certificates
+from fedgen_app.serving.listener import MOST_ACCEPTED, OTHER_FILES, network
 from fedgen_app.serving.run import Address
 
 BODY = image_body()
@@ -49,23 +53,6 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("sent", [b"", b"POST /v1/im"])
-def test_a_connection_that_does_not_say_what_it_wants_is_cut_off(sent: bytes) -> None:
-    with answering(head=0.3) as place, connect(place) as silent:
-        silent.sendall(sent)
-        began = time.monotonic()
-        assert rest(silent) == b"" and 0.2 < time.monotonic() - began < 10
-
-
-def test_nor_may_it_fall_silent_between_requests_but_work_may_take_longer() -> None:
-    with answering(b"first", head=0.5, work=1.0) as place, connect(place) as talking:
-        talking.sendall(REQUEST)
-        assert talking.recv(1000).startswith(b"HTTP/1.1 200")  # later than a head may come
-        talking.sendall(REQUEST[:20])
-        began = time.monotonic()
-        assert b"HTTP" not in rest(talking) and time.monotonic() - began < 5
-
-
 @pytest.fixture(params=["clear", "tls"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
     if request.param == "clear":
@@ -76,6 +63,27 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     return Address("127.0.0.1", 0, tmp_path / "crt", tmp_path / "key")
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/im"])
+def test_a_connection_that_does_not_say_what_it_wants_is_cut_off(sent: bytes, address: Address) -> None:
+    with answering(head=0.5, address=address) as place, connect(place) as plain:
+        began = time.monotonic()
+        if sent:
+            silent = wrapped(plain, address)
+            silent.sendall(sent)
+        else:  # with TLS it does not begin that either
+            silent = plain
+        assert rest(silent) == b"" and 0.2 < time.monotonic() - began < 10
+
+
+def test_nor_may_it_fall_silent_between_requests_but_work_may_take_longer() -> None:
+    with answering(b"first", head=0.5, work=1.0) as place, connect(place) as talking:
+        talking.sendall(REQUEST)
+        assert talking.recv(1000).startswith(b"HTTP/1.1 200")  # later than a head may come
+        talking.sendall(REQUEST[:20])
+        began = time.monotonic()
+        assert b"HTTP" not in rest(talking) and time.monotonic() - began < 5
 
 
 def wrapped(connection: socket.socket, address: Address) -> socket.socket:
@@ -113,10 +121,47 @@ def test_what_is_left_of_an_answer_is_given_up_too() -> None:
         assert len(rest(unread)) < len(LARGE)
 
 
-def test_one_address_does_not_get_all_connections() -> None:
-    with answering(alike=2, head=20) as place, connect(place) as one, connect(place) as two:
-        with connect(place) as three:
+def test_one_address_does_not_get_all_connections(address: Address) -> None:
+    with answering(alike=2, head=20, address=address) as place, connect(place) as one, connect(place) as two:
+        with connect(place) as three:  # though none of them has begun with TLS
             assert rest(three) == b""
         for kept in (one, two):
-            kept.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            assert rest(kept).startswith(b"HTTP/1.1 200")
+            with wrapped(kept, address) as talking:
+                talking.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                assert rest(talking).startswith(b"HTTP/1.1 200")
+
+        def answered() -> bool:
+            with wrapped(connect(place), address) as later:
+                later.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                return rest(later).startswith(b"HTTP/1.1 200")
+
+        until(lambda: address is not LOCAL or answered())  # what has ended is not counted
+
+
+def test_an_address_is_that_of_its_network() -> None:
+    assert network("192.0.2.7") == "192.0.2.7"
+    assert network("2001:db8::1%eth0") == network("2001:db8:0:0:ffff::2") != network("2001:db8:0:1::1")
+
+
+def test_the_process_may_open_a_file_for_each_connection() -> None:
+    script = (
+        "import resource; from fedgen_app.serving.listener import *;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, {hard}));"
+        "print(allow_files(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+
+    def told(hard: int) -> str:
+        return subprocess.check_output([sys.executable, "-c", script.format(hard=hard)], text=True).strip()
+
+    assert told(MOST_ACCEPTED + OTHER_FILES) == str(MOST_ACCEPTED + OTHER_FILES)
+    assert told(1000).startswith("may open 1000 files") and told(1000).endswith(" 1000")
+
+
+def test_a_taken_address_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(RunError, match=f"{port}: cannot listen there"),
+            answering(address=Address("127.0.0.1", port)),
+        ):
+            pass

@@ -85,7 +85,8 @@ def generate(
         if value and not by_prompt:
             raise SettingsError(f"{option} {value}: serves --mix auto alone")
     if far:
-        remote.check_adapter(far, settings, {"--client": client, "--cluster": cluster, "--adapter": adapter})
+        named = {"--client": client, "--cluster": cluster, "--adapter": adapter, "--frozen": frozen}
+        remote.check_adapter(far, settings, named)
     file = adapter / "adapter_model.safetensors" if adapter else adapter_file(folder, client, cluster)
     needed = bool(adapter) or not frozen and (remote.needs_adapter(far, settings) if far else not mix)
     if needed and not file.is_file():

@@ -38,6 +38,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, max=100_000, help="Requests that may wait.")] = USUAL.waiting,
     rate: Annotated[int, typer.Option(min=1, help="Requests of one client per minute.")] = USUAL.per_minute,
     burst: Annotated[int, typer.Option(min=1, help="Requests of one client at once.")] = USUAL.burst,
+    most_alike: Annotated[int, typer.Option(min=1, max=2048, help="Connections of one address.")] = USUAL.alike,
 ) -> None:
     """Serve images, half-finished images or mixed adapters for encoded prompts."""
     folder = run_dir.resolve()
@@ -55,7 +56,15 @@ def serve(
     from fedgen_app.serving.run import Address
     from fedgen_app.serving.run import serve as serve_on
 
-    limits = Limits(images=most_images, steps=most_steps, batch=batch, waiting=queue, per_minute=rate, burst=burst)
+    limits = Limits(
+        images=most_images,
+        steps=most_steps,
+        batch=batch,
+        waiting=queue,
+        per_minute=rate,
+        burst=burst,
+        alike=most_alike,
+    )
     engine = open_engine(folder, settings, clusters, limits, backbone)
     if engine.frame.shapes is None:
         typer.echo("no images: prompts for this backbone would be plain text; mixed adapters alone", err=True)

@@ -104,14 +104,15 @@ def needs_adapter(via: Via, settings: Settings) -> bool:
 
 
 def check_adapter(via: Via, settings: Settings, options: Mapping[str, object]) -> None:
-    """Refuse options that name an adapter of the device's, where none plays a part.
+    """Refuse options that name an adapter of the device's, or none, where none plays a part.
 
     Raises:
         SettingsError: names the option.
     """
     for option, named in options.items():
         if named and not needs_adapter(via, settings):
+            given = option if named is True else f"{option} {named}"
             raise SettingsError(
-                f"{option} {named}: without --split this device has no part with an adapter of its own; --mix says "
+                f"{given}: without --split this device has no part with an adapter of its own; --mix says "
                 "which ones the service uses"
             )

@@ -114,10 +114,12 @@ def active(model: nn.Module, parts: Mapping[int, Adapter], mixtures: Sequence[Mi
         mixtures: One per sample.
 
     Raises:
-        AdapterError: all weights of the model learned, or an adapter does not fit.
+        AdapterError: all weights of the model learned, its adapters are switched off, or an adapter does not fit.
     """
     if isinstance(model, WholeModel):
         raise AdapterError("all weights learned: there are no adapters to mix")
+    if any(layer.disable_adapters for layer in model.modules() if isinstance(layer, LoraLayer)):
+        raise AdapterError("the model's adapters are switched off: no mixture would act")
     peft = cast(Any, model)
     own = peft.peft_config[ADAPTER]
 

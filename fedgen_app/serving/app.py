@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
@@ -21,7 +22,7 @@ from fedgen_app.errors import ServiceError
 from fedgen_app.fleet.spec import is_loopback
 from fedgen_app.serving import asks, body, metrics
 from fedgen_app.serving.asks import Frame, Kind
-from fedgen_app.serving.guard import Buckets, Limits, holder
+from fedgen_app.serving.guard import Buckets, LaterError, Limits, holder
 from fedgen_app.serving.metrics import Metrics
 from fedgen_app.serving.worker import Worker
 
@@ -43,13 +44,14 @@ class Service:
     counted: Metrics
     ending: Callable[[], bool] = lambda: False
     arriving: int = field(default=0, init=False)
+    held: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.buckets = Buckets(self.limits.per_minute / 60, self.limits.burst)
         self.counted.gauges |= {"waiting": lambda: self.worker.waiting, "open": lambda: self.arriving}
 
-    def known(self, request: Request) -> int:
-        """Whose token the request has.
+    def known(self, request: Request) -> Hashable:
+        """Who asks: whose token the request has, by its place; without tokens its address.
 
         Raises:
             ServiceError: 401: nobody's; 421: without tokens, it was sent to a name that is not this machine's
@@ -60,7 +62,7 @@ class Service:
         found = holder(request.headers.get("authorization", ""), self.tokens)
         if found is None:
             raise ServiceError(401, "a bearer token of this service is needed")
-        return found
+        return found if self.tokens else request.client and request.client.host
 
     async def answer(self, request: Request, kind: Kind) -> Response:
         """Carry out a request.
@@ -68,52 +70,63 @@ class Service:
         Raises:
             ServiceError: it is refused.
         """
-        address = request.client.host if request.client else ""
-        if wait := self.buckets.take((self.known(request), address)):
+        client = self.known(request)
+        if wait := self.buckets.take(client):
             raise LaterError("too many requests of this client", wait)
         if self.arriving >= self.limits.arriving:
-            raise LaterError("too many requests at once", 1.0)
+            raise LaterError("too many requests at once", self.worker.wait)
         self.arriving += 1
-        request.scope[HELD].callback(self._leave)
+        received = bytearray()
+        request.scope[HELD].callback(self._leave, received)
         began = time.perf_counter()
-        try:
-            data = await self._body(request)
-            self.counted.add("received_bytes_total", len(data))
-            waiting = asyncio.wrap_future(self.worker.put(asks.parse(kind, data, self.frame)))
-            found = await asyncio.wait_for(waiting, self.limits.patience)
-        except TimeoutError:
-            raise ServiceError(503, f"not done in {self.limits.patience:g} seconds") from None
+        data = await self._body(request, received)
+        self.counted.add("received_bytes_total", len(data))
+        found = await self._found(request, self.worker.put(asks.parse(kind, data, self.frame), client))
         self.counted.add("request_seconds_total", time.perf_counter() - began)
         self.counted.add("sent_bytes_total", len(found))
         return Answer(found, media_type=PNG if kind == "images" else body.MEDIA_TYPE)
 
-    def _leave(self) -> None:
+    def _leave(self, received: bytearray) -> None:
         self.arriving -= 1
+        self.held -= len(received)
 
-    async def _body(self, request: Request) -> bytes:
+    async def _found(self, request: Request, job: Future[bytes]) -> bytes:
+        """What the worker makes of it; a request that nobody waits for any more is not carried out."""
+        result, leaving = asyncio.wrap_future(job), asyncio.ensure_future(_gone(request))
+        either: set[asyncio.Future[Any]] = {result, leaving}
+        try:
+            await asyncio.wait(either, timeout=self.limits.patience, return_when=asyncio.FIRST_COMPLETED)
+            if result.done():
+                return result.result()
+            if leaving.done():
+                raise ServiceError(499, "nobody waits for the answer any more")
+            raise ServiceError(503, f"not done in {self.limits.patience:g} seconds")
+        finally:
+            leaving.cancel()
+            result.cancel()
+
+    async def _body(self, request: Request, received: bytearray) -> bytes:
         most, said = self.frame.most_bytes, request.headers.get("content-length", "0")
         if not said.isdecimal() or int(said[:19]) > most:
-            raise ServiceError(413, f"a body may have {most} bytes")
-        whole = bytearray()
+            raise self._too_large()
         try:
             async with asyncio.timeout(self.limits.seconds):
                 async for piece in request.stream():
-                    whole += piece
-                    if len(whole) > most:
-                        raise ServiceError(413, f"a body may have {most} bytes")
+                    if len(received) + len(piece) > most:
+                        raise self._too_large()
+                    if self.held + len(piece) > max(self.limits.held, most):
+                        raise LaterError("too many bytes at once", self.worker.wait)
+                    received += piece
+                    self.held += len(piece)
         except TimeoutError:
             raise ServiceError(408, f"the body did not arrive in {self.limits.seconds:g} seconds") from None
         except ClientDisconnect:  # nobody is there any more to be told
             raise ServiceError(400, "the body ended too early") from None
-        return bytes(whole)
+        return bytes(received)
 
-
-class LaterError(ServiceError):
-    """429, and in how many seconds to try again."""
-
-    def __init__(self, message: str, wait: float) -> None:
-        super().__init__(429, message)
-        self.wait = math.ceil(wait)
+    def _too_large(self) -> ServiceError:
+        images = f", which {self.frame.most_images} images need" if self.frame.shapes else ""
+        return ServiceError(413, f"a body may have {self.frame.most_bytes} bytes{images}: ask for less at once")
 
 
 class Answer(Response):
@@ -201,6 +214,12 @@ def make_app(service: Service) -> FastAPI:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     return app
+
+
+async def _gone(request: Request) -> None:
+    """Until the connection ends; for a request whose body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _means_loopback(host: str) -> bool:

@@ -97,6 +97,11 @@ class Ask:
         """What requests that share a forward pass have in common."""
         return self.kind, self.steps, self.guidance, self.sampler, self.done
 
+    @property
+    def work(self) -> int:
+        """Steps of single images, which is what requests are weighed by against one another."""
+        return len(self.mixtures) * (self.done or self.steps)
+
 
 def scaled(backbone: Backbone) -> dict[str, str]:
     """How an adapter for this model is scaled, as the facts beside a mixed one say it."""

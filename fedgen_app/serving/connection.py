@@ -22,11 +22,8 @@ class Connection(H11Protocol):
     _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for a request; not where one address would get all connections for itself."""
+        """Wait for a request."""
         super().connection_made(transport)
-        host = self.client and self.client[0]
-        if sum(other.client is not None and other.client[0] == host for other in self.connections) > self.limits.alike:
-            transport.abort()
         self._speaking = self.loop.call_later(self.limits.head, transport.abort)
 
     def data_received(self, data: bytes) -> None:

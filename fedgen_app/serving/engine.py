@@ -30,6 +30,7 @@ class Engine:
 
     Attributes:
         parts: Every cluster's adapter, and the global one under ``GLOBAL``.
+        batch: Images of one forward pass.
     """
 
     settings: Settings
@@ -37,6 +38,7 @@ class Engine:
     backbone: Backbone
     parts: dict[int, Adapter]
     frame: Frame
+    batch: int
 
     def carry_out(self, batch: Sequence[Ask]) -> list[bytes]:
         """The answers' bodies of requests that have ``together`` in common."""
@@ -51,8 +53,13 @@ class Engine:
 
     def _drawn(self, batch: Sequence[Ask], stages: Stages) -> list[bytes]:
         first = batch[0]
-        settings = self.settings.sampling(steps=first.steps, guidance=first.guidance, sampler=first.sampler)
         sizes = [len(ask.mixtures) for ask in batch]
+        settings = self.settings.sampling(
+            steps=first.steps,
+            guidance=first.guidance,
+            sampler=first.sampler,
+            batch=self.batch,  # whatever the run itself draws at once
+        )
         start = torch.cat([stages.noise(settings, self.backbone, len(a.mixtures), a.seed) for a in batch])
         prompts = torch.cat([ask.prompt for ask in batch])
         wanted = [one for ask in batch for one in ask.mixtures]
@@ -101,7 +108,7 @@ def open_engine(folder: Path, settings: Settings, clusters: Sequence[int], limit
         most_images=limits.images,
         most_steps=limits.steps,
     )
-    engine = Engine(settings, task, backbone, parts, frame)
+    engine = Engine(settings, task, backbone, parts, frame, limits.batch)
     with mixture.active(backbone.model, parts, [Mixture.of({cluster: 1.0}) for cluster in parts]):
         pass
     return engine

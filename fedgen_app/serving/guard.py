@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hmac
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedgen_app.errors import SettingsError
+from fedgen_app.errors import ServiceError, SettingsError
 
 VARIABLE = "FEDGEN_TOKEN"
 SHORTEST_TOKEN = 32  # characters
@@ -27,6 +28,7 @@ class Limits:
         batch: Images of one forward pass.
         waiting: Requests that wait for the worker.
         arriving: Requests in work, from the first byte of their bodies to when their answers are read.
+        held: Bytes of bodies of requests in work, or those of the largest one.
         alike: Connections of one address.
         per_minute: Requests of one client that come back to its bucket.
         burst: Requests that a full bucket holds.
@@ -41,13 +43,22 @@ class Limits:
     batch: int = 16
     waiting: int = 64
     arriving: int = 256
-    alike: int = 1024
+    held: int = 512 * 1024**2
+    alike: int = 64
     per_minute: int = 60
     burst: int = 20
     head: float = 10.0
     seconds: float = 30.0
     patience: float = 300.0
     reading: float = 120.0
+
+
+class LaterError(ServiceError):
+    """429, and in how many seconds to try again."""
+
+    def __init__(self, message: str, wait: float) -> None:
+        super().__init__(429, message)
+        self.wait = math.ceil(wait)
 
 
 def read_tokens(file: Path | None, variable: str) -> tuple[str, ...]:

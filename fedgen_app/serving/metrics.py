@@ -14,7 +14,7 @@ COUNTERS = {
     "received_bytes_total": "Bytes of bodies that were read.",
     "sent_bytes_total": "Bytes of answers.",
     "images_total": "Images and latents that were computed.",
-    "batches_total": "Forward batches.",
+    "batches_total": "Batches of requests that were computed together.",
     "mixtures_total": "Distinct mixtures, summed over batches.",
     "busy_seconds_total": "Seconds in which the worker computed.",
     "request_seconds_total": "Seconds of carried-out requests, waiting included.",

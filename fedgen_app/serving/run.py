@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
+import socket
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +18,11 @@ from fedgen_app.serving.app import Service, make_app
 from fedgen_app.serving.connection import Connection
 from fedgen_app.serving.engine import Engine
 from fedgen_app.serving.guard import Limits
+from fedgen_app.serving.listener import MOST_CONNECTIONS, Loop, allow_files, listeners
 from fedgen_app.serving.metrics import Metrics
 from fedgen_app.serving.worker import Worker
 
 SETTLE = 30  # seconds that requests in work have to end when the service does
-MOST_CONNECTIONS = 2048  # beyond, uvicorn itself answers 503
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,30 @@ def build(engine: Engine, tokens: Sequence[str], limits: Limits) -> Service:
     return Service(engine.frame, limits, tokens, worker, counted)
 
 
-def make_server(service: Service, address: Address) -> uvicorn.Server:
-    """Uvicorn with nothing of a request in its log."""
+class Server(uvicorn.Server):
+    """Uvicorn on sockets and a loop of ours."""
+
+    limits: Limits
+    sockets: list[socket.socket]
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Until a signal, or ``should_exit``."""
+        with asyncio.Runner(loop_factory=lambda: Loop(self.limits)) as runner:
+            runner.run(self.serve(sockets or self.sockets))
+
+
+def make_server(service: Service, address: Address) -> Server:
+    """Uvicorn with nothing of a request in its log, on sockets that are bound.
+
+    Raises:
+        RunError: the address cannot be had.
+    """
 
     class Bounded(Connection):
         limits = service.limits
 
     config = uvicorn.Config(
         make_app(service),
-        host=address.host,
-        port=address.port,
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
         http=Bounded,
@@ -74,7 +90,12 @@ def make_server(service: Service, address: Address) -> uvicorn.Server:
     config.load()
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
-    server = uvicorn.Server(config)
+    server = Server(config)
+    server.limits = service.limits
+    try:
+        server.sockets = [*listeners(address.host, address.port, service.limits.alike)]
+    except OSError as error:
+        raise RunError(f"{address.url}: cannot listen there: {error.strerror}") from None
     service.ending = lambda: server.should_exit
     return server
 
@@ -86,6 +107,8 @@ def serve(engine: Engine, tokens: Sequence[str], limits: Limits, address: Addres
         RunError: the address cannot be had.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    if lack := allow_files():
+        say(f"warning: {lack}")
     service = build(engine, tokens, limits)
     server = make_server(service, address)
     # Uvicorn ends in good order and then raises the signal again, for handlers that were there before: these.
@@ -95,10 +118,6 @@ def serve(engine: Engine, tokens: Sequence[str], limits: Limits, address: Addres
     say(f"serving on {address.url}, backbone {engine.backbone.fingerprint}")
     try:
         server.run()
-    except SystemExit:  # uvicorn's way of saying that it could not begin; its log has the reason
-        raise RunError(f"{address.url}: cannot listen there") from None
     finally:
         service.worker.stop()
-    if not server.started:
-        raise RunError(f"{address.url}: cannot listen there")
     say("ended")
