@@ -23,6 +23,7 @@ fedgen=$environment/bin/fedgen
 nginx=${FEDGEN_NGINX:-$(command -v nginx || true)}
 devices=(north east south)
 rounds=5
+threads=$((($(nproc) + ${#devices[@]} - 1) / ${#devices[@]}))  # the devices share this machine's processors
 began=$SECONDS step=0 failed=yes groups=()
 
 say() { printf '    %s\n' "$*"; }
@@ -118,8 +119,8 @@ runtime=("$first" "$second" "$third")
         "$port" "$superlink" "$proxy"
     printf '[paths]\nconfig = "%s"\nstate = "%s"\nenvironment = "%s"\n' "$work/etc" "$work/var" "$environment"
     for i in "${!devices[@]}"; do
-        printf '[[device]]\nid = "%s"\ndata = "%s"\nbackbone = "bundled"\nport = %d\n' \
-            "${devices[i]}" "$work/data/${devices[i]}" "${runtime[i]}"
+        printf '[[device]]\nid = "%s"\ndata = "%s"\nbackbone = "bundled"\nport = %d\nthreads = %d\n' \
+            "${devices[i]}" "$work/data/${devices[i]}" "${runtime[i]}" "$threads"
     done
 } >"$work/fleet.toml"
 "$fedgen" provision "$work/fleet.toml" --output "$work/demo" | sed 's/^/    /'
