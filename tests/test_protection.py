@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from scipy.stats import norm
 
 from fedgen_app.errors import DataError, SettingsError
-from fedgen_app.federation.leakage import ranks, recoveries, turned_back
+from fedgen_app.federation.leakage import comparable, ranks, recoveries, turned_back
 from fedgen_app.federation.protection import (
     drawn_once,
     epsilon,
@@ -132,9 +132,8 @@ def test_draws_of_which_no_size_was_kept_count_by_their_numbers(tmp_path: Path) 
     assert sigmas == [pytest.approx(0.1, rel=0.05), 0.3]
 
 
-def test_ranks_count_who_is_nearer() -> None:
-    candidates = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
-    assert ranks(np.array([[0.6, 0.8], [1.0, 0.0]]), candidates, [0, 0]) == [2, 0]
+def test_ranks_count_who_scores_higher() -> None:
+    assert ranks(np.array([[0.6, 1.0, 0.8], [1.0, 0.6, 0.0]]), [0, 0]) == [2, 0]
 
 
 def test_known_pairs_undo_a_rotation() -> None:
@@ -145,11 +144,19 @@ def test_known_pairs_undo_a_rotation() -> None:
 
 def test_what_the_audit_says_of_each_protection() -> None:
     found = recoveries(directions(200, 32), range(100), [0.02, 0.3, 5.0], SETTINGS)
-    by = {(row.protection, "prompts with" in row.attacker): row for row in found}
-    assert by["none", False].top1 == 1 and by["noise 0.02", False].top1 > 0.95
-    assert by["noise 0.3", False].top1 > by["noise 5", False].top1
-    assert by["noise 5", False].top1 < 0.1 and by["rotation", False].top1 < 0.1  # chance is 0.005
-    assert by["rotation", True].top1 == 1  # 32 known prompts, and the rotation is none
-    assert by["rotation and noise 5", True].top1 < 0.1
+    by = {(row.protection, row.attacker.split()[-1]): row for row in found}
+    assert by["none", "candidates"].top1 == 1 and by["noise 0.02", "candidates"].top1 > 0.95
+    assert by["noise 0.3", "candidates"].top1 > by["noise 5", "candidates"].top1
+    assert by["noise 5", "candidates"].top1 < 0.1 and by["rotation", "candidates"].top1 < 0.1  # chance is 0.005
+    assert by["rotation", "devices"].top1 == 1  # no key, no known prompt: the cosines are enough
+    assert by["rotation and noise 0.02", "devices"].top1 > 0.9 and by["rotation and noise 5", "devices"].top1 < 0.1
+    assert by["rotation", "vectors"].top1 == 1  # 32 known prompts, and the rotation is none
+    assert by["rotation and noise 5", "vectors"].top1 < 0.1
     assert all(row.top1 <= row.top5 for row in found)
-    assert by["none", False].as_json()["epsilon"] is None and by["noise 5", False].epsilon < 5
+    assert by["none", "candidates"].as_json()["epsilon"] is None and by["noise 5", "candidates"].epsilon < 5
+
+
+def test_one_device_has_no_cosine_and_a_long_list_is_not_searched_for_them() -> None:
+    found = recoveries(directions(20, 8), [3], [], SETTINGS)
+    assert [row.attacker for row in found if "devices" in row.attacker] == []
+    assert comparable(10_000, 2) and not comparable(10_001, 2) and not comparable(5, 1)

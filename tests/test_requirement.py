@@ -17,6 +17,7 @@ from pipelines import image_settings
 from fedgen_app.errors import DataError, PolicyError, SettingsError
 from fedgen_app.federation import requirement
 from fedgen_app.federation.client import Participant
+from fedgen_app.federation.leakage import COSINES
 from fedgen_app.federation.policy import Policy
 from fedgen_app.federation.protection import epsilon
 from fedgen_app.federation.roster import parse_requirement
@@ -270,8 +271,9 @@ def test_the_audit_command(tmp_path: Path) -> None:
     assert ended.status == 0, ended.err
     assert "20 prompts" in ended.out and "36 candidates" in ended.out
     found = {(row["protection"], row["attacker"]): row for row in json.loads((tmp_path / "found.json").read_text())}
-    top = {protection: row["top1"] for (protection, attacker), row in found.items() if "with their" not in attacker}
+    top = {protection: row["top1"] for (protection, attacker), row in found.items() if attacker.endswith("candidates")}
     assert top["none"] == 1 and top["noise 2"] < 0.4 and top["rotation"] < 0.4
+    assert found["rotation", COSINES]["top1"] > 0.9
     assert not any(line in (tmp_path / "found.json").read_text() for line in lines)
 
 
@@ -283,6 +285,9 @@ def test_the_audit_command(tmp_path: Path) -> None:
         (["two.txt", "--noise", "much"], "--noise much"),
         (["two.txt", "--noise", "0"], "should be above 0"),
         (["two.txt", "--prompts", "three.txt"], "are no candidates"),
+        (["two.txt", "--known", "2"], "--known 2: should be at most half of the 2 candidates"),
+        (["two.txt", "--output", "/nowhere/found.json"], "--output /nowhere/found.json: is no file"),
+        (["two.txt", "--output", "/"], "--output /: is no file"),
     ],
 )
 def test_what_cannot_be_audited_is_said(arguments: list[str], told: str, tmp_path: Path) -> None:
