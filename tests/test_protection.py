@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from scipy.stats import norm
 
 from fedgen_app.errors import DataError, SettingsError
+from fedgen_app.federation import protection
 from fedgen_app.federation.leakage import comparable, ranks, recoveries, turned_back
 from fedgen_app.federation.protection import (
     drawn_once,
@@ -57,6 +58,17 @@ EXPECTED = [
 def test_a_rotation_is_the_same_on_every_machine() -> None:
     """Devices with other libraries must find this one: it changes only together with all keys in use."""
     assert rotation(KEY, 3) == pytest.approx(np.array(EXPECTED), abs=1e-9)
+
+
+def test_a_rotation_does_not_depend_on_the_rows_that_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rotation(KEY, 40)
+    monkeypatch.setattr(protection, "BLOCK", 7)
+    assert rotation(KEY, 40) == pytest.approx(whole, abs=1e-12)
+
+
+def test_a_rotation_that_would_take_too_much_memory_is_refused() -> None:
+    with pytest.raises(SettingsError, match="have 8192 numbers, a rotation at most 4096"):
+        rotation(KEY, 8192)
 
 
 def test_a_mark_tells_keys_apart() -> None:

@@ -22,6 +22,8 @@ from fedgen_app.files import write_atomic
 Numbers = NDArray[np.float64]
 SENSITIVITY = 2.0  # two directions are at most this far apart
 SHORTEST_KEY = 32  # bytes
+WIDEST = 4096  # of a vector that a device turns: the QR takes 0.7 GB there, and its time grows with the third power
+BLOCK = 256  # rows of a rotation that are drawn at once
 SIGMA = "@"  # in the name of a draw, before its size
 
 
@@ -50,13 +52,23 @@ def rotation(key: bytes, width: int) -> Numbers:
 
     Gaussian numbers come from SHAKE-256, which gives every device the same whatever its libraries; QR of them with a
     positive diagonal is uniform (Mezzadri 2007, arXiv math-ph/0609050). Cosines survive it exactly.
+
+    Raises:
+        SettingsError: it would be wider than ``WIDEST``.
     """
+    if width > WIDEST:
+        raise SettingsError(f"cluster key: the encoder's vectors have {width} numbers, a rotation at most {WIDEST}")
     stream = hashlib.shake_256(b"fedgen cluster rotation" + width.to_bytes(4, "big") + key)
     raw = np.frombuffer(stream.digest(16 * width * width), "<u8").reshape(2, width, width)
-    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
-    gaussian = np.sqrt(-2 * np.log(uniform[0])) * np.cos(2 * math.pi * uniform[1])
+    gaussian = np.empty((width, width))
+    for start in range(0, width, BLOCK):  # or the steps between would take several times the memory of the result
+        rows = raw[:, start : start + BLOCK]
+        uniform = ((rows >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+        gaussian[start : start + BLOCK] = np.sqrt(-2 * np.log(uniform[0])) * np.cos(2 * math.pi * uniform[1])
+    del raw, rows
     q, r = np.linalg.qr(gaussian)
-    return np.asarray(q * np.sign(np.diagonal(r)), np.float64)
+    q *= np.sign(np.diagonal(r))
+    return np.asarray(q, np.float64)
 
 
 def noisy(vector: Numbers, noise: Numbers) -> Numbers:
