@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from scipy.stats import norm
 
-from fedgen_app.errors import DataError, SettingsError
+from fedgen_app.errors import SettingsError
 from fedgen_app.federation import protection
 from fedgen_app.federation.leakage import comparable, ranks, recoveries, turned_back
 from fedgen_app.federation.protection import (
-    drawn_once,
     epsilon,
     key_mark,
     noisy,
@@ -118,30 +116,6 @@ def test_noise_leaves_a_direction_and_has_the_size_it_claims() -> None:
         assert np.linalg.norm(got) == pytest.approx(1)
         likeness.append(float(got @ vector))
     assert np.mean(likeness) == pytest.approx(1 / math.sqrt(1 + 400 * 0.05**2), abs=0.01)
-
-
-def test_noise_is_drawn_once_and_anew_for_another_wish_or_size(tmp_path: Path) -> None:
-    file = tmp_path / "state" / "noise.safetensors"
-    first, sigmas = drawn_once("one", 16, 0.3, file)
-    assert sigmas == [0.3] and np.array_equal(drawn_once("one", 16, 0.3, file)[0], first)
-    second, sigmas = drawn_once("other", 16, 0.3, file)
-    assert sigmas == [0.3, 0.3] and abs(second - first).max() > 0.01
-    third, sigmas = drawn_once("one", 16, 0.05, file)
-    assert sorted(sigmas) == [0.05, 0.3, 0.3] and abs(third - first).max() > 0.01
-    again, sigmas = drawn_once("one", 16, 0.3, file)
-    assert sorted(sigmas) == [0.05, 0.3, 0.3] and np.array_equal(again, first)
-    with pytest.raises(DataError, match="no noise of 8 finite numbers for sigma = 0.3"):
-        drawn_once("one", 8, 0.3, file)
-    file.write_bytes(b"damaged")
-    with pytest.raises(DataError, match="noise"):
-        drawn_once("one", 16, 0.3, file)
-
-
-def test_draws_of_which_no_size_was_kept_count_by_their_numbers(tmp_path: Path) -> None:
-    file = tmp_path / "noise.safetensors"
-    save_file({"0" * 64: np.random.default_rng(0).normal(0, 0.1, 4096)}, file)
-    _, sigmas = drawn_once("one", 16, 0.3, file)
-    assert sigmas == [pytest.approx(0.1, rel=0.05), 0.3]
 
 
 def test_ranks_count_who_scores_higher() -> None:

@@ -161,24 +161,50 @@ def test_the_same_prompts_get_the_same_noise_whatever_the_last_digits(
         return encode(*arguments) + 1e-5 * np.random.default_rng(0).normal(size=(2, 32))
 
     monkeypatch.setattr(requirement, "encode", jittered)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         assert vector(device(tmp_path, PROMPTS[::-1], clusters__noise=0.3)) == pytest.approx(before, abs=1e-3)
-    assert "different vectors" not in caplog.text
+    assert "of 1 wishes" in caplog.text and "of 2 wishes" not in caplog.text
     assert vector(device(tmp_path, [PROMPTS[0]] * 2, clusters__noise=0.3)) != pytest.approx(before, abs=1e-2)
 
 
-def test_the_log_adds_up_the_budget_of_each_draw(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    answer(device(tmp_path, clusters__noise=0.1))
-    with caplog.at_level(logging.WARNING):
-        answer(device(tmp_path, clusters__noise=1.0))
-    whole = epsilon(0.1, 1e-5) + epsilon(1.0, 1e-5)
-    assert f"2 different vectors so far: together at most ({whole:.3g}, 2e-05)" in caplog.text
+def test_a_larger_noise_costs_nothing_and_another_encoder_costs_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    once = epsilon(0.1, 1e-5)
+    with caplog.at_level(logging.INFO):
+        answer(device(tmp_path, clusters__noise=0.1))
+        answer(device(tmp_path, clusters__noise=1.0, clusters__delta=0.5))  # a delta that would make it look small
+    assert caplog.text.count(f"of 1 wishes: (epsilon, delta) = ({once:.3g}, 1e-05)") == 2
+    with caplog.at_level(logging.INFO):
+        answer(device(tmp_path, clusters__noise=0.1, clusters__encoder=str(other_encoder())))
+    assert f"of 2 wishes: (epsilon, delta) = ({2 * once:.3g}, 2e-05)" in caplog.text
 
 
-def test_another_encoder_is_another_space(tmp_path: Path) -> None:
+def test_a_device_tells_no_more_in_all_than_its_policy_allows(tmp_path: Path) -> None:
+    limited = Policy.model_validate({"max-epsilon": 1.5 * epsilon(0.5, 1e-5)})
+
+    def ask(**run: Value) -> dict[str, Any]:
+        return answer(dataclasses.replace(device(tmp_path, **run), policy=limited))
+
+    for run in ({}, {"clusters__noise": 0.3}, {"clusters__noise": 0.3, "clusters__delta": 0.9}):
+        with pytest.raises(PolicyError, match=r"would bring epsilon to (inf|\d+\.\d), max-epsilon"):
+            ask(**run)
+    assert not (tmp_path / "state" / requirement.NOISE_FILE).exists()  # what is refused is not spent
+    assert ask(clusters__noise=0.5) and ask(clusters__noise=2.0) and ask(clusters__noise=0.5000001)
+    with pytest.raises(PolicyError, match="max-epsilon"):
+        ask(clusters__noise=0.5, clusters__encoder=str(other_encoder()))
+
+
+def other_encoder() -> Path:
+    """A language model that is not the backbone."""
     folder = workspace() / "other-encoder"
     if not folder.exists():
         make_llama(folder, seed=3)
+    return folder
+
+
+def test_another_encoder_is_another_space(tmp_path: Path) -> None:
+    folder = other_encoder()
     own, other = device(tmp_path), device(tmp_path, clusters__encoder=str(folder))
     assert answer(own)["space"] != answer(other)["space"]
     same = device(

@@ -1,4 +1,4 @@
-"""What hides an encoded requirement: a rotation that the server does not know, and noise that is drawn once.
+"""What hides an encoded requirement: a rotation that the server does not know, and noise.
 
 Neither makes it harmless; ``docs/clusters.md`` says what still leaks, and ``fedgen audit-prompts`` measures it.
 """
@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-import secrets
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
-from fedgen_app.errors import DataError, SettingsError
-from fedgen_app.files import write_atomic
+from fedgen_app.errors import SettingsError
 
 Numbers = NDArray[np.float64]
 SENSITIVITY = 2.0  # two directions are at most this far apart
 SHORTEST_KEY = 32  # bytes
 WIDEST = 4096  # of a vector that a device turns: the QR takes 0.7 GB there, and its time grows with the third power
 BLOCK = 256  # rows of a rotation that are drawn at once
-SIGMA = "@"  # in the name of a draw, before its size
 
 
 def read_key(file: Path) -> bytes:
@@ -80,41 +75,6 @@ def noisy(vector: Numbers, noise: Numbers) -> Numbers:
 def drawn(width: int, sigma: float, generator: np.random.Generator) -> Numbers:
     """Gaussian noise of standard deviation sigma in each of ``width`` numbers."""
     return generator.normal(0.0, sigma, width)
-
-
-def drawn_once(what: str, width: int, sigma: float, file: Path) -> tuple[Numbers, list[float]]:
-    """A device's noise for what it wants, and the sigma of every draw that it has had to make so far.
-
-    The same wish gets the same noise in every run: fresh noise each time could be averaged away. Another one gets noise
-    of its own: with the same, the server could subtract. Each further draw spends budget again.
-
-    Args:
-        what: A mark of the prompts and their encoder. Not of the vector, whose last digits hang on the machine: other
-            threads or libraries would make another wish of it. It stays in the file.
-        file: Where the device keeps what it drew.
-
-    Raises:
-        DataError: the file is damaged, and a new draw would spend the budget unnoticed.
-    """
-    name = f"{what}{SIGMA}{sigma!r}"
-    try:
-        known = load_file(file) if file.exists() else {}
-        sigmas = [_sigma_of(each, known[each]) for each in sorted(known)]
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"{file}: {error}") from None
-    if name not in known:
-        known[name] = drawn(width, sigma, np.random.default_rng(secrets.randbits(128)))
-        sigmas.append(sigma)
-        write_atomic(file, save(known))
-    if known[name].shape != (width,) or not np.isfinite(known[name]).all():
-        raise DataError(f"{file}: holds no noise of {width} finite numbers for sigma = {sigma}")
-    return known[name].astype(np.float64), sigmas
-
-
-def _sigma_of(name: str, noise: Numbers) -> float:
-    """Of one draw in the file; in a file from before sigma stood beside, its numbers tell it, about."""
-    _, mark, sigma = name.partition(SIGMA)
-    return float(sigma) if mark else float(np.sqrt(np.mean(np.square(noise))))
 
 
 def epsilon(sigma: float, delta: float, sensitivity: float = SENSITIVITY) -> float:
