@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import TOPICS, command, make_llama, tiny_config, tiny_model, workspace
+from helpers import TOPICS, command, make_llama, tiny_config, tiny_model, workspace, write_tokenizer
 from pipelines import image_settings
 
-from fedgen_app.errors import DataError, PolicyError, SettingsError
+from fedgen_app.errors import BackboneError, DataError, PolicyError, SettingsError
 from fedgen_app.federation import requirement
 from fedgen_app.federation.client import Participant
 from fedgen_app.federation.leakage import COSINES
@@ -22,7 +24,7 @@ from fedgen_app.federation.policy import Policy
 from fedgen_app.federation.protection import epsilon
 from fedgen_app.federation.roster import parse_requirement
 from fedgen_app.learning.backbone import load_task, open_backbone
-from fedgen_app.learning.encoder import direction, encode, mean_of_tokens
+from fedgen_app.learning.encoder import direction, encode, mean_of_tokens, open_encoder
 from fedgen_app.learning.task import Share
 from fedgen_app.settings import Settings, Value
 
@@ -222,6 +224,61 @@ def test_an_encoder_does_not_depend_on_who_is_encoded_beside(tmp_path: Path) -> 
         alone = np.concatenate([encode(settings, task, backbone, [text]) for text in texts])
         assert together == pytest.approx(alone, abs=1e-4)
         assert np.linalg.norm(together, axis=1) == pytest.approx(np.ones(3))
+
+
+def make_t5(folder: Path) -> None:
+    """A random encoder-decoder, 16 wide."""
+    from transformers import T5Config, T5Model
+
+    size = write_tokenizer(folder)
+    T5Model(T5Config(vocab_size=size, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)).save_pretrained(folder)
+
+
+def make_clip(folder: Path) -> None:
+    """A random model of texts and images; the half that reads texts is 16 wide and has 20 places."""
+    from transformers import CLIPConfig, CLIPModel
+
+    size = write_tokenizer(folder)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = shape | {"vocab_size": size, "max_position_embeddings": 20, "eos_token_id": 0}
+    vision = shape | {"image_size": 8, "patch_size": 4}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+
+
+def make_vision(folder: Path) -> None:
+    """A random model that reads images alone."""
+    from transformers import ViTConfig, ViTModel
+
+    write_tokenizer(folder)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ViTModel(ViTConfig(image_size=8, patch_size=4, **shape)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [make_t5, make_clip])
+def test_the_part_that_reads_texts_encodes_them_alone_and_side_by_side(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    make(tmp_path)
+    encoder = open_encoder(str(tmp_path), "cpu")
+    texts = ["the captain", "the court and the judge read every article of the law " * 4]
+    found = encoder.embed(texts)
+    assert found.shape == (2, 16) and np.isfinite(found).all() and abs(found[0] - found[1]).max() > 1e-3
+    assert encoder.embed(texts[:1])[0] == pytest.approx(found[0], abs=1e-5)
+
+
+def test_a_tokenizer_that_pads_on_the_left_is_told_otherwise(tmp_path: Path) -> None:
+    make_clip(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
+    encoder = open_encoder(str(tmp_path), "cpu")
+    beside = encoder.embed(["the captain", "the court and the judge"])
+    assert encoder.embed(["the captain"])[0] == pytest.approx(beside[0], abs=1e-5)
+
+
+def test_a_model_that_reads_no_texts_is_named(tmp_path: Path) -> None:
+    make_vision(tmp_path)
+    with pytest.raises(BackboneError, match=re.escape(f"clusters.encoder = {str(tmp_path)!r}: not a text encoder: ")):
+        open_encoder(str(tmp_path), "cpu")
 
 
 def test_the_adapter_plays_no_part(tmp_path: Path) -> None:
