@@ -18,7 +18,7 @@ from fedgen_app.errors import SettingsError
 Numbers = NDArray[np.float64]
 SENSITIVITY = 2.0  # two directions are at most this far apart
 SHORTEST_KEY = 32  # bytes
-WIDEST = 4096  # of a vector that a device turns: the QR takes 0.7 GB there, and its time grows with the third power
+WIDEST = 4096  # of a vector that a device turns: takes 0.8 GB there; the time grows with the third power
 BLOCK = 256  # rows of a rotation that are drawn at once
 
 
