@@ -40,6 +40,8 @@ def policy(tmp_path: Path, text: str) -> Policy:
         ("max-bytes-up = 'lots'", r"max-bytes-up = 'lots': should be bytes, or a text"),
         ("backbones = ['smollm2']", r"backbones.0 = 'smollm2': should be 'sha256:'"),
         ("backbones = 'sha256:x'", r"backbones = 'sha256:x': should be a valid tuple"),
+        ("max-epsilon = 0", r"max-epsilon = 0: should be greater than 0"),
+        ("max-epsilon = inf", r"max-epsilon = inf: should be a finite"),
         ("hours = '22-6'", r"hours = '22-6': should be like"),
         ("hours = '10:00-24:30'", r"hours = '10:00-24:30': should be like"),
         ("condition = 'on-mains'", r"condition = 'on-mains': should be a valid tuple"),
@@ -112,6 +114,7 @@ class DeviceGrid(RecordingGrid):
         data = tmp_path / "data"
         data.mkdir()
         write_records(data / "train.jsonl", {"sea": 12, "law": 8}, seed=5)
+        (data / "prompts.txt").write_text("the captain set sail\n", encoding="utf-8")
         self.contexts[DEVICE].node_config = {
             "client-id": "ward-7",
             "data": str(data),
@@ -162,6 +165,7 @@ def test_a_device_whose_policy_allows_it_takes_part(tmp_path: Path) -> None:
         ("max-epochs = 1", {"personal__epochs": 2}),
         ("max-steps = 2", {}),
         ("max-bytes-up = 100", {}),
+        ("max-epsilon = 1000", {"clusters__by": "prompts"}),
         ("max-epochs = ", {}),
     ],
 )

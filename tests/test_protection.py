@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from scipy.stats import norm
 
-from fedgen_app.errors import DataError, SettingsError
-from fedgen_app.federation.leakage import ranks, recoveries, turned_back
+from fedgen_app.errors import SettingsError
+from fedgen_app.federation import protection
+from fedgen_app.federation.leakage import comparable, ranks, recoveries, turned_back
 from fedgen_app.federation.protection import (
-    drawn_once,
     epsilon,
     key_mark,
     noisy,
@@ -57,6 +56,17 @@ EXPECTED = [
 def test_a_rotation_is_the_same_on_every_machine() -> None:
     """Devices with other libraries must find this one: it changes only together with all keys in use."""
     assert rotation(KEY, 3) == pytest.approx(np.array(EXPECTED), abs=1e-9)
+
+
+def test_a_rotation_does_not_depend_on_the_rows_that_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rotation(KEY, 40)
+    monkeypatch.setattr(protection, "BLOCK", 7)
+    assert rotation(KEY, 40) == pytest.approx(whole, abs=1e-12)
+
+
+def test_a_rotation_that_would_take_too_much_memory_is_refused() -> None:
+    with pytest.raises(SettingsError, match="have 8192 numbers, a rotation at most 4096"):
+        rotation(KEY, 8192)
 
 
 def test_a_mark_tells_keys_apart() -> None:
@@ -108,33 +118,8 @@ def test_noise_leaves_a_direction_and_has_the_size_it_claims() -> None:
     assert np.mean(likeness) == pytest.approx(1 / math.sqrt(1 + 400 * 0.05**2), abs=0.01)
 
 
-def test_noise_is_drawn_once_and_anew_for_another_wish_or_size(tmp_path: Path) -> None:
-    file = tmp_path / "state" / "noise.safetensors"
-    first, sigmas = drawn_once("one", 16, 0.3, file)
-    assert sigmas == [0.3] and np.array_equal(drawn_once("one", 16, 0.3, file)[0], first)
-    second, sigmas = drawn_once("other", 16, 0.3, file)
-    assert sigmas == [0.3, 0.3] and abs(second - first).max() > 0.01
-    third, sigmas = drawn_once("one", 16, 0.05, file)
-    assert sorted(sigmas) == [0.05, 0.3, 0.3] and abs(third - first).max() > 0.01
-    again, sigmas = drawn_once("one", 16, 0.3, file)
-    assert sorted(sigmas) == [0.05, 0.3, 0.3] and np.array_equal(again, first)
-    with pytest.raises(DataError, match="no noise of 8 finite numbers for sigma = 0.3"):
-        drawn_once("one", 8, 0.3, file)
-    file.write_bytes(b"damaged")
-    with pytest.raises(DataError, match="noise"):
-        drawn_once("one", 16, 0.3, file)
-
-
-def test_draws_of_which_no_size_was_kept_count_by_their_numbers(tmp_path: Path) -> None:
-    file = tmp_path / "noise.safetensors"
-    save_file({"0" * 64: np.random.default_rng(0).normal(0, 0.1, 4096)}, file)
-    _, sigmas = drawn_once("one", 16, 0.3, file)
-    assert sigmas == [pytest.approx(0.1, rel=0.05), 0.3]
-
-
-def test_ranks_count_who_is_nearer() -> None:
-    candidates = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
-    assert ranks(np.array([[0.6, 0.8], [1.0, 0.0]]), candidates, [0, 0]) == [2, 0]
+def test_ranks_count_who_scores_higher() -> None:
+    assert ranks(np.array([[0.6, 1.0, 0.8], [1.0, 0.6, 0.0]]), [0, 0]) == [2, 0]
 
 
 def test_known_pairs_undo_a_rotation() -> None:
@@ -145,11 +130,19 @@ def test_known_pairs_undo_a_rotation() -> None:
 
 def test_what_the_audit_says_of_each_protection() -> None:
     found = recoveries(directions(200, 32), range(100), [0.02, 0.3, 5.0], SETTINGS)
-    by = {(row.protection, "prompts with" in row.attacker): row for row in found}
-    assert by["none", False].top1 == 1 and by["noise 0.02", False].top1 > 0.95
-    assert by["noise 0.3", False].top1 > by["noise 5", False].top1
-    assert by["noise 5", False].top1 < 0.1 and by["rotation", False].top1 < 0.1  # chance is 0.005
-    assert by["rotation", True].top1 == 1  # 32 known prompts, and the rotation is none
-    assert by["rotation and noise 5", True].top1 < 0.1
+    by = {(row.protection, row.attacker.split()[-1]): row for row in found}
+    assert by["none", "candidates"].top1 == 1 and by["noise 0.02", "candidates"].top1 > 0.95
+    assert by["noise 0.3", "candidates"].top1 > by["noise 5", "candidates"].top1
+    assert by["noise 5", "candidates"].top1 < 0.1 and by["rotation", "candidates"].top1 < 0.1  # chance is 0.005
+    assert by["rotation", "devices"].top1 == 1  # no key, no known prompt: the cosines are enough
+    assert by["rotation and noise 0.02", "devices"].top1 > 0.9 and by["rotation and noise 5", "devices"].top1 < 0.1
+    assert by["rotation", "vectors"].top1 == 1  # 32 known prompts, and the rotation is none
+    assert by["rotation and noise 5", "vectors"].top1 < 0.1
     assert all(row.top1 <= row.top5 for row in found)
-    assert by["none", False].as_json()["epsilon"] is None and by["noise 5", False].epsilon < 5
+    assert by["none", "candidates"].as_json()["epsilon"] is None and by["noise 5", "candidates"].epsilon < 5
+
+
+def test_one_device_has_no_cosine_and_a_long_list_is_not_searched_for_them() -> None:
+    found = recoveries(directions(20, 8), [3], [], SETTINGS)
+    assert [row.attacker for row in found if "devices" in row.attacker] == []
+    assert comparable(10_000, 2) and not comparable(10_001, 2) and not comparable(5, 1)

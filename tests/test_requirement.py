@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import TOPICS, command, make_llama, tiny_config, tiny_model, workspace
+from helpers import TOPICS, command, make_llama, tiny_config, tiny_model, workspace, write_tokenizer
 from pipelines import image_settings
 
-from fedgen_app.errors import DataError, PolicyError, SettingsError
+from fedgen_app.errors import BackboneError, DataError, PolicyError, SettingsError
 from fedgen_app.federation import requirement
 from fedgen_app.federation.client import Participant
+from fedgen_app.federation.leakage import COSINES
 from fedgen_app.federation.policy import Policy
 from fedgen_app.federation.protection import epsilon
 from fedgen_app.federation.roster import parse_requirement
 from fedgen_app.learning.backbone import load_task, open_backbone
-from fedgen_app.learning.encoder import direction, encode, mean_of_tokens
+from fedgen_app.learning.encoder import direction, encode, mean_of_tokens, open_encoder
 from fedgen_app.learning.task import Share
 from fedgen_app.settings import Settings, Value
 
@@ -160,24 +163,50 @@ def test_the_same_prompts_get_the_same_noise_whatever_the_last_digits(
         return encode(*arguments) + 1e-5 * np.random.default_rng(0).normal(size=(2, 32))
 
     monkeypatch.setattr(requirement, "encode", jittered)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         assert vector(device(tmp_path, PROMPTS[::-1], clusters__noise=0.3)) == pytest.approx(before, abs=1e-3)
-    assert "different vectors" not in caplog.text
+    assert "of 1 wishes" in caplog.text and "of 2 wishes" not in caplog.text
     assert vector(device(tmp_path, [PROMPTS[0]] * 2, clusters__noise=0.3)) != pytest.approx(before, abs=1e-2)
 
 
-def test_the_log_adds_up_the_budget_of_each_draw(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    answer(device(tmp_path, clusters__noise=0.1))
-    with caplog.at_level(logging.WARNING):
-        answer(device(tmp_path, clusters__noise=1.0))
-    whole = epsilon(0.1, 1e-5) + epsilon(1.0, 1e-5)
-    assert f"2 different vectors so far: together at most ({whole:.3g}, 2e-05)" in caplog.text
+def test_a_larger_noise_costs_nothing_and_another_encoder_costs_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    once = epsilon(0.1, 1e-5)
+    with caplog.at_level(logging.INFO):
+        answer(device(tmp_path, clusters__noise=0.1))
+        answer(device(tmp_path, clusters__noise=1.0, clusters__delta=0.5))  # a delta that would make it look small
+    assert caplog.text.count(f"of 1 wishes: (epsilon, delta) = ({once:.3g}, 1e-05)") == 2
+    with caplog.at_level(logging.INFO):
+        answer(device(tmp_path, clusters__noise=0.1, clusters__encoder=str(other_encoder())))
+    assert f"of 2 wishes: (epsilon, delta) = ({2 * once:.3g}, 2e-05)" in caplog.text
 
 
-def test_another_encoder_is_another_space(tmp_path: Path) -> None:
+def test_a_device_tells_no_more_in_all_than_its_policy_allows(tmp_path: Path) -> None:
+    limited = Policy.model_validate({"max-epsilon": 1.5 * epsilon(0.5, 1e-5)})
+
+    def ask(**run: Value) -> dict[str, Any]:
+        return answer(dataclasses.replace(device(tmp_path, **run), policy=limited))
+
+    for run in ({}, {"clusters__noise": 0.3}, {"clusters__noise": 0.3, "clusters__delta": 0.9}):
+        with pytest.raises(PolicyError, match=r"would bring epsilon to (inf|\d+\.\d), max-epsilon"):
+            ask(**run)
+    assert not (tmp_path / "state" / requirement.NOISE_FILE).exists()  # what is refused is not spent
+    assert ask(clusters__noise=0.5) and ask(clusters__noise=2.0) and ask(clusters__noise=0.5000001)
+    with pytest.raises(PolicyError, match="max-epsilon"):
+        ask(clusters__noise=0.5, clusters__encoder=str(other_encoder()))
+
+
+def other_encoder() -> Path:
+    """A language model that is not the backbone."""
     folder = workspace() / "other-encoder"
     if not folder.exists():
         make_llama(folder, seed=3)
+    return folder
+
+
+def test_another_encoder_is_another_space(tmp_path: Path) -> None:
+    folder = other_encoder()
     own, other = device(tmp_path), device(tmp_path, clusters__encoder=str(folder))
     assert answer(own)["space"] != answer(other)["space"]
     same = device(
@@ -195,6 +224,61 @@ def test_an_encoder_does_not_depend_on_who_is_encoded_beside(tmp_path: Path) -> 
         alone = np.concatenate([encode(settings, task, backbone, [text]) for text in texts])
         assert together == pytest.approx(alone, abs=1e-4)
         assert np.linalg.norm(together, axis=1) == pytest.approx(np.ones(3))
+
+
+def make_t5(folder: Path) -> None:
+    """A random encoder-decoder, 16 wide."""
+    from transformers import T5Config, T5Model
+
+    size = write_tokenizer(folder)
+    T5Model(T5Config(vocab_size=size, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)).save_pretrained(folder)
+
+
+def make_clip(folder: Path) -> None:
+    """A random model of texts and images; the half that reads texts is 16 wide and has 20 places."""
+    from transformers import CLIPConfig, CLIPModel
+
+    size = write_tokenizer(folder)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = shape | {"vocab_size": size, "max_position_embeddings": 20, "eos_token_id": 0}
+    vision = shape | {"image_size": 8, "patch_size": 4}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+
+
+def make_vision(folder: Path) -> None:
+    """A random model that reads images alone."""
+    from transformers import ViTConfig, ViTModel
+
+    write_tokenizer(folder)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ViTModel(ViTConfig(image_size=8, patch_size=4, **shape)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [make_t5, make_clip])
+def test_the_part_that_reads_texts_encodes_them_alone_and_side_by_side(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    make(tmp_path)
+    encoder = open_encoder(str(tmp_path), "cpu")
+    texts = ["the captain", "the court and the judge read every article of the law " * 4]
+    found = encoder.embed(texts)
+    assert found.shape == (2, 16) and np.isfinite(found).all() and abs(found[0] - found[1]).max() > 1e-3
+    assert encoder.embed(texts[:1])[0] == pytest.approx(found[0], abs=1e-5)
+
+
+def test_a_tokenizer_that_pads_on_the_left_is_told_otherwise(tmp_path: Path) -> None:
+    make_clip(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
+    encoder = open_encoder(str(tmp_path), "cpu")
+    beside = encoder.embed(["the captain", "the court and the judge"])
+    assert encoder.embed(["the captain"])[0] == pytest.approx(beside[0], abs=1e-5)
+
+
+def test_a_model_that_reads_no_texts_is_named(tmp_path: Path) -> None:
+    make_vision(tmp_path)
+    with pytest.raises(BackboneError, match=re.escape(f"clusters.encoder = {str(tmp_path)!r}: not a text encoder: ")):
+        open_encoder(str(tmp_path), "cpu")
 
 
 def test_the_adapter_plays_no_part(tmp_path: Path) -> None:
@@ -270,8 +354,9 @@ def test_the_audit_command(tmp_path: Path) -> None:
     assert ended.status == 0, ended.err
     assert "20 prompts" in ended.out and "36 candidates" in ended.out
     found = {(row["protection"], row["attacker"]): row for row in json.loads((tmp_path / "found.json").read_text())}
-    top = {protection: row["top1"] for (protection, attacker), row in found.items() if "with their" not in attacker}
+    top = {protection: row["top1"] for (protection, attacker), row in found.items() if attacker.endswith("candidates")}
     assert top["none"] == 1 and top["noise 2"] < 0.4 and top["rotation"] < 0.4
+    assert found["rotation", COSINES]["top1"] > 0.9
     assert not any(line in (tmp_path / "found.json").read_text() for line in lines)
 
 
@@ -283,6 +368,9 @@ def test_the_audit_command(tmp_path: Path) -> None:
         (["two.txt", "--noise", "much"], "--noise much"),
         (["two.txt", "--noise", "0"], "should be above 0"),
         (["two.txt", "--prompts", "three.txt"], "are no candidates"),
+        (["two.txt", "--known", "2"], "--known 2: should be at most half of the 2 candidates"),
+        (["two.txt", "--output", "/nowhere/found.json"], "--output /nowhere/found.json: is no file"),
+        (["two.txt", "--output", "/"], "--output /: is no file"),
     ],
 )
 def test_what_cannot_be_audited_is_said(arguments: list[str], told: str, tmp_path: Path) -> None:

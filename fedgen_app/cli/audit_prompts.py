@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,14 +27,17 @@ def audit_prompts(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated.")
     ] = None,
     noise: Annotated[str, typer.Option(help="Standard deviations of the noise to try.")] = "0.05,0.1,0.2,0.5",
-    known: Annotated[int, typer.Option(min=0, help="Prompts that the attacker got hold of; 0: all it needs.")] = 0,
+    known: Annotated[
+        int, typer.Option(min=0, help="Prompts that the attacker got hold of; 0: half, if it needs so many.")
+    ] = 0,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON into this file.")] = None,
 ) -> None:
     """Measure what encoded prompts leak, by looking for the nearest candidate."""
     config = defaults(find_app(None)) | (presets.load(preset) if preset else {}) | dict(map(assignment, set_ or []))
     settings = check(absolute(config))
     tried, asked = _lines(candidates), _lines(prompts or candidates)
-    missing = [text for text in asked if text not in set(tried)]
+    places = {text: place for place, text in enumerate(tried)}
+    missing = [text for text in asked if text not in places]
     if missing:
         raise SettingsError(f"{prompts}: {len(missing)} prompts are no candidates; an attacker could not name them")
     try:
@@ -42,20 +46,27 @@ def audit_prompts(
         raise SettingsError(f"--noise {noise}: should be numbers with commas between them") from None
     if any(not 0 < sigma < float("inf") for sigma in sigmas):
         raise SettingsError(f"--noise {noise}: should be above 0")
-    found = _measure(settings, tried, asked, sigmas, known)
-    if output is not None:
-        output.write_text(json.dumps([row.as_json() for row in found], indent=1) + "\n", encoding="utf-8")
+    if known > len(tried) // 2:
+        raise SettingsError(f"--known {known}: should be at most half of the {len(tried)} candidates")
+    if output is not None and (output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK)):
+        raise SettingsError(f"--output {output}: is no file that can be written")
+    found = _measure(settings, tried, [places[text] for text in asked], sigmas, known)
     _show(found, len(tried), len(asked))
+    if output is not None:
+        try:
+            output.write_text(json.dumps([row.as_json() for row in found], indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise SettingsError(f"--output {output}: {error.strerror}") from None
 
 
-def _measure(settings: Settings, tried: list[str], asked: list[str], sigmas: list[float], known: int) -> list[Recovery]:
+def _measure(settings: Settings, tried: list[str], truth: list[int], sigmas: list[float], known: int) -> list[Recovery]:
     from fedgen_app.federation.leakage import recoveries
     from fedgen_app.learning.backbone import load_task, open_backbone
     from fedgen_app.learning.encoder import encode
 
     task, backbone = load_task(settings.task), open_backbone(settings)
     vectors = encode(settings, task, backbone, tried)
-    return recoveries(vectors, [tried.index(text) for text in asked], sigmas, settings, known)
+    return recoveries(vectors, truth, sigmas, settings, known)
 
 
 def _lines(file: Path) -> list[str]:
@@ -73,10 +84,17 @@ def _show(found: list[Recovery], candidates: int, prompts: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fedgen_app.federation.cosines import MOST_CANDIDATES, MOST_DEVICES
+
     table = Table(title=f"{prompts} prompts, each sought among {candidates} candidates")
     for column in ("protection", "what the attacker has", "epsilon", "first guess", "among five"):
         table.add_column(column, justify="left" if column in ("protection", "what the attacker has") else "right")
     for row in found:
         table.add_row(*row.as_text())
     table.add_row("(chance)", "", "", f"{1 / candidates:.1%}", f"{min(1, 5 / candidates):.1%}")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if candidates > MOST_CANDIDATES:
+        console.print(f"more than {MOST_CANDIDATES} candidates: what the cosines among devices tell was not tried")
+    elif prompts > MOST_DEVICES:
+        console.print(f"by the cosines among devices the first {MOST_DEVICES} prompts were sought")

@@ -1,24 +1,28 @@
-"""What an encoded requirement gives away: an attacker with the encoder and a list of candidates looks for the nearest.
+"""What an encoded requirement gives away to an attacker with the encoder and a list of candidates.
 
-One prompt per device, the worst case: a mean over several prompts tells less of each.
+It looks for the nearest or, behind a rotation, for those that lie to each other as the sent vectors do. One prompt per
+device, the worst case: a mean over several prompts tells less of each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedgen_app.federation.cosines import MOST_CANDIDATES, MOST_DEVICES, mismatches
 from fedgen_app.federation.protection import drawn, epsilon, noisy, rotation
 from fedgen_app.seeds import derive
 from fedgen_app.settings import Settings
 
 Numbers = NDArray[np.float64]
-NO_KEY, PAIRS = "encoder and candidates", "the same and {} prompts with their vectors"
+NEAREST = "encoder and candidates"
+COSINES = "the same and the cosines among devices"
+PAIRS = "the same and {} prompts with their vectors"
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,15 @@ class Recovery:
         return self.protection, self.attacker, spent, f"{self.top1:.1%}", f"{self.top5:.1%}"
 
 
-def ranks(sent: Numbers, candidates: Numbers, truth: Sequence[int]) -> list[int]:
-    """How many candidates are more similar to each sent vector than the true one is.
+def ranks(scores: Numbers, truth: Sequence[int]) -> list[int]:
+    """How many candidates score higher for each prompt than the true one does.
 
     Args:
-        sent: (prompts, width).
-        candidates: (candidates, width), directions.
+        scores: (prompts, candidates).
         truth: The place among the candidates of each prompt.
     """
-    likeness = sent @ candidates.T
-    own = likeness[np.arange(len(sent)), list(truth)]
-    return [int(n) for n in (likeness > own[:, None] + 1e-12).sum(axis=1)]
+    own = scores[np.arange(len(scores)), list(truth)]
+    return [int(n) for n in (scores > own[:, None] + 1e-12).sum(axis=1)]
 
 
 def turned_back(sent: Numbers, known: Numbers, known_sent: Numbers) -> Numbers:
@@ -63,6 +65,11 @@ def turned_back(sent: Numbers, known: Numbers, known_sent: Numbers) -> Numbers:
     return np.asarray(sent @ (u @ v), np.float64)
 
 
+def comparable(candidates: int, devices: int) -> bool:
+    """Whether the attack by the cosines among devices is tried: it needs two, and takes too long with a long list."""
+    return devices > 1 and candidates <= MOST_CANDIDATES
+
+
 def recoveries(
     candidates: Numbers, truth: Sequence[int], sigmas: Sequence[float], settings: Settings, known: int = 0
 ) -> list[Recovery]:
@@ -70,9 +77,9 @@ def recoveries(
 
     Args:
         candidates: (n, width), directions.
-        truth: Which of them the devices asked for.
-        known: How many prompts the attacker knows beside their vectors; 0: as many as the vectors are wide, at most
-            half of the candidates.
+        truth: Which of them the devices asked for. By their cosines the first ``cosines.MOST_DEVICES`` are sought.
+        known: How many prompts the attacker knows beside their vectors, at most half of the candidates; 0: as many as
+            the vectors are wide, if half of the candidates are so many.
     """
     width, delta = candidates.shape[1], settings.clusters.delta
     clean = candidates[list(truth)]
@@ -80,26 +87,32 @@ def recoveries(
     key = rotation(draw.bytes(32), width)
     pairs = min(known or width, max(1, len(candidates) // 2))
     learned = draw.permutation(len(candidates))[:pairs]
+    told = set(learned.tolist())
+    others = [place for place, true in enumerate(truth) if true not in told] or list(range(len(truth)))
 
-    others = [place for place, true in enumerate(truth) if true not in set(learned.tolist())] or list(range(len(truth)))
-
-    def row(protection: str, attacker: str, sigma: float, sent: Numbers) -> Recovery:
-        places = ranks(sent, candidates, truth)
-        if attacker != NO_KEY:  # what it knows it need not find
-            places = [places[other] for other in others]
+    def row(protection: str, attacker: str, sigma: float, places: Sequence[int]) -> Recovery:
         first, five = (float(np.mean([place < n for place in places])) for n in (1, 5))
         return Recovery(protection, attacker, epsilon(sigma, delta), first, five)
+
+    def nearest(sent: Numbers) -> list[int]:
+        return ranks(sent @ candidates.T, truth)
 
     def with_noise(rows: Numbers, sigma: float) -> Numbers:
         return np.stack([noisy(each, drawn(width, sigma, draw)) for each in rows])
 
-    found = [row("none", NO_KEY, 0.0, clean)]
-    found += [row(f"noise {sigma:g}", NO_KEY, sigma, with_noise(clean, sigma)) for sigma in sigmas]
-    found.append(row("rotation", NO_KEY, 0.0, clean @ key.T))
-    back = turned_back(clean @ key.T, candidates[learned], candidates[learned] @ key.T)
-    found.append(row("rotation", PAIRS.format(pairs), 0.0, back))
+    def against_rotation(protection: str, sigma: float, sent: Numbers, seen: Numbers) -> Iterator[Recovery]:
+        if comparable(len(candidates), len(truth)):
+            some = sent[:MOST_DEVICES].astype(np.float32).astype(np.float64)  # as it travels
+            unlike = mismatches(some, candidates, 1 + width * sigma**2)
+            yield row(protection, COSINES, sigma, ranks(-unlike, truth[:MOST_DEVICES]))
+        places = nearest(turned_back(sent, candidates[learned], seen))
+        yield row(protection, PAIRS.format(pairs), sigma, [places[other] for other in others])  # known need no search
+
+    found = [row("none", NEAREST, 0.0, nearest(clean))]
+    found += [row(f"noise {sigma:g}", NEAREST, sigma, nearest(with_noise(clean, sigma))) for sigma in sigmas]
+    found.append(row("rotation", NEAREST, 0.0, nearest(clean @ key.T)))
+    found += against_rotation("rotation", 0.0, clean @ key.T, candidates[learned] @ key.T)
     for sigma in sigmas:
         sent, seen = with_noise(clean, sigma) @ key.T, with_noise(candidates[learned], sigma) @ key.T
-        back = turned_back(sent, candidates[learned], seen)
-        found.append(row(f"rotation and noise {sigma:g}", PAIRS.format(pairs), sigma, back))
+        found += against_rotation(f"rotation and noise {sigma:g}", sigma, sent, seen)
     return found

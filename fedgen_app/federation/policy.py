@@ -63,6 +63,7 @@ class Policy(BaseModel):
         max_epochs: Over its data, in one message.
         max_steps: Optimiser steps in one message.
         max_bytes_up: In one answer, as serialised.
+        max_epsilon: Of differential privacy, of all that it ever sent of its prompts; without noise it is infinite.
         hours: When it trains, local time; a span may run over midnight.
         condition: A command whose exit status 0 says yes.
         condition_timeout: Seconds after which its silence is a no.
@@ -76,6 +77,7 @@ class Policy(BaseModel):
     max_epochs: Annotated[int, Field(ge=0, strict=True)] | None = None
     max_steps: Annotated[int, Field(ge=0, strict=True)] | None = None
     max_bytes_up: Annotated[int, BeforeValidator(bytes_of), Field(ge=0, strict=True)] | None = None
+    max_epsilon: Annotated[float, Field(gt=0)] | None = None
     hours: Annotated[tuple[Span, ...], BeforeValidator(_spans)] | None = None
     condition: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     condition_timeout: Annotated[float, Field(gt=0, le=300)] = 10.0
@@ -137,6 +139,13 @@ class Policy(BaseModel):
         """Raise PolicyError where an answer is larger than allowed."""
         if self.max_bytes_up is not None and count > self.max_bytes_up:
             raise PolicyError(f"policy: an answer of {count} bytes, max-bytes-up = {self.max_bytes_up}")
+
+    def check_epsilon(self, spent: float) -> None:
+        """Raise PolicyError where what was sent of prompts, and is to be sent, tells more than is allowed."""
+        if self.max_epsilon is not None and spent > self.max_epsilon:
+            raise PolicyError(
+                f"policy: a requirement would bring epsilon to {spent:.3g}, max-epsilon = {self.max_epsilon:g}"
+            )
 
     def check_now(self, now: datetime | None = None) -> None:
         """Raise PolicyError where it is not the hour, or the condition says no."""

@@ -1,4 +1,4 @@
-"""What hides an encoded requirement: a rotation that the server does not know, and noise that is drawn once.
+"""What hides an encoded requirement: a rotation that the server does not know, and noise.
 
 Neither makes it harmless; ``docs/clusters.md`` says what still leaks, and ``fedgen audit-prompts`` measures it.
 """
@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-import secrets
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
-from fedgen_app.errors import DataError, SettingsError
-from fedgen_app.files import write_atomic
+from fedgen_app.errors import SettingsError
 
 Numbers = NDArray[np.float64]
 SENSITIVITY = 2.0  # two directions are at most this far apart
 SHORTEST_KEY = 32  # bytes
-SIGMA = "@"  # in the name of a draw, before its size
+WIDEST = 4096  # of a vector that a device turns: takes 0.8 GB there; the time grows with the third power
+BLOCK = 256  # rows of a rotation that are drawn at once
 
 
 def read_key(file: Path) -> bytes:
@@ -50,13 +47,23 @@ def rotation(key: bytes, width: int) -> Numbers:
 
     Gaussian numbers come from SHAKE-256, which gives every device the same whatever its libraries; QR of them with a
     positive diagonal is uniform (Mezzadri 2007, arXiv math-ph/0609050). Cosines survive it exactly.
+
+    Raises:
+        SettingsError: it would be wider than ``WIDEST``.
     """
+    if width > WIDEST:
+        raise SettingsError(f"cluster key: the encoder's vectors have {width} numbers, a rotation at most {WIDEST}")
     stream = hashlib.shake_256(b"fedgen cluster rotation" + width.to_bytes(4, "big") + key)
     raw = np.frombuffer(stream.digest(16 * width * width), "<u8").reshape(2, width, width)
-    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
-    gaussian = np.sqrt(-2 * np.log(uniform[0])) * np.cos(2 * math.pi * uniform[1])
+    gaussian = np.empty((width, width))
+    for start in range(0, width, BLOCK):  # or the steps between would take several times the memory of the result
+        rows = raw[:, start : start + BLOCK]
+        uniform = ((rows >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+        gaussian[start : start + BLOCK] = np.sqrt(-2 * np.log(uniform[0])) * np.cos(2 * math.pi * uniform[1])
+    del raw, rows
     q, r = np.linalg.qr(gaussian)
-    return np.asarray(q * np.sign(np.diagonal(r)), np.float64)
+    q *= np.sign(np.diagonal(r))
+    return np.asarray(q, np.float64)
 
 
 def noisy(vector: Numbers, noise: Numbers) -> Numbers:
@@ -68,41 +75,6 @@ def noisy(vector: Numbers, noise: Numbers) -> Numbers:
 def drawn(width: int, sigma: float, generator: np.random.Generator) -> Numbers:
     """Gaussian noise of standard deviation sigma in each of ``width`` numbers."""
     return generator.normal(0.0, sigma, width)
-
-
-def drawn_once(what: str, width: int, sigma: float, file: Path) -> tuple[Numbers, list[float]]:
-    """A device's noise for what it wants, and the sigma of every draw that it has had to make so far.
-
-    The same wish gets the same noise in every run: fresh noise each time could be averaged away. Another one gets noise
-    of its own: with the same, the server could subtract. Each further draw spends budget again.
-
-    Args:
-        what: A mark of the prompts and their encoder. Not of the vector, whose last digits hang on the machine: other
-            threads or libraries would make another wish of it. It stays in the file.
-        file: Where the device keeps what it drew.
-
-    Raises:
-        DataError: the file is damaged, and a new draw would spend the budget unnoticed.
-    """
-    name = f"{what}{SIGMA}{sigma!r}"
-    try:
-        known = load_file(file) if file.exists() else {}
-        sigmas = [_sigma_of(each, known[each]) for each in sorted(known)]
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"{file}: {error}") from None
-    if name not in known:
-        known[name] = drawn(width, sigma, np.random.default_rng(secrets.randbits(128)))
-        sigmas.append(sigma)
-        write_atomic(file, save(known))
-    if known[name].shape != (width,) or not np.isfinite(known[name]).all():
-        raise DataError(f"{file}: holds no noise of {width} finite numbers for sigma = {sigma}")
-    return known[name].astype(np.float64), sigmas
-
-
-def _sigma_of(name: str, noise: Numbers) -> float:
-    """Of one draw in the file; in a file from before sigma stood beside, its numbers tell it, about."""
-    _, mark, sigma = name.partition(SIGMA)
-    return float(sigma) if mark else float(np.sqrt(np.mean(np.square(noise))))
 
 
 def epsilon(sigma: float, delta: float, sensitivity: float = SENSITIVITY) -> float:

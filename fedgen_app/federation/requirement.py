@@ -10,6 +10,7 @@ import numpy as np
 
 from fedgen_app.errors import DataError
 from fedgen_app.federation import protection
+from fedgen_app.federation.noise import Draws
 from fedgen_app.federation.roster import REQUIREMENT, SPACE
 from fedgen_app.learning.backbone import Backbone
 from fedgen_app.learning.encoder import Numbers, direction, encode, mark_of
@@ -19,6 +20,7 @@ from fedgen_app.seeds import derive
 if TYPE_CHECKING:
     from fedgen_app.federation.client import Participant
 
+DELTA = 1e-5  # the largest for which epsilon is counted: a server that asks for more would make it look small
 NOISE_FILE = "requirement-noise.safetensors"
 log = logging.getLogger(__name__)
 
@@ -27,7 +29,8 @@ def facts_of(me: Participant, task: Task, backbone: Backbone) -> dict[str, str |
     """The part of the answer to the roll call; nothing where the run does not ask or the device has no prompts.
 
     Raises:
-        PolicyError: the server names an encoder, and the device's policy limits what it opens.
+        PolicyError: the server names an encoder, and the device's policy limits what it opens; or it would tell more
+            of its prompts, in all, than its policy allows.
         FedgenError: a file or the encoder is not to be had.
     """
     if me.settings.clusters.by != "prompts":
@@ -67,18 +70,21 @@ def _with_noise(me: Participant, clean: Numbers, what: str) -> Numbers:
     Args:
         what: A mark of the prompts and their encoder, under which the device keeps its noise; it is not sent.
     """
-    sigma, delta = max(me.settings.clusters.noise, me.noise), me.settings.clusters.delta
-    if not sigma:
-        return clean
+    sigma = max(me.settings.clusters.noise, me.noise)
     if me.state is None:  # simulated: the same in a resumed run, and private from nobody
         seed = derive(me.settings.seed, "requirement", me.client)
-        return protection.noisy(clean, protection.drawn(len(clean), sigma, np.random.default_rng(seed)))
-    noise, sigmas = protection.drawn_once(what, len(clean), sigma, me.state / NOISE_FILE)
-    spent = protection.epsilon(sigma, delta)
-    log.info("requirement: noise %g, (epsilon, delta) = (%.3g, %g) for this vector", sigma, spent, delta)
-    if (draws := len(sigmas)) > 1:
-        whole = sum(protection.epsilon(each, delta) for each in sigmas)
-        log.warning(
-            "requirement: %d different vectors so far: together at most (%.3g, %g)", draws, whole, draws * delta
-        )
+        noise = protection.drawn(len(clean), sigma, np.random.default_rng(seed))
+        return protection.noisy(clean, noise) if sigma else clean
+    draws, delta = Draws.read(me.state / NOISE_FILE), min(me.settings.clusters.delta, DELTA)
+    spent = draws.spent_with(what, sigma)
+    whole = sum(protection.epsilon(each, delta) for each in spent)
+    me.policy.check_epsilon(whole)
+    noise = draws.noise(what, len(clean), sigma)
+    log.info(
+        "requirement: noise %g; with all that was sent before, of %d wishes: (epsilon, delta) = (%.3g, %g)",
+        sigma,
+        len(spent),
+        whole,
+        len(spent) * delta,
+    )
     return protection.noisy(clean, noise)

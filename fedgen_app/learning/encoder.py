@@ -70,7 +70,8 @@ class Encoder:
 
     @property
     def _longest(self) -> int:
-        return min(MOST_TOKENS, int(self.tokenizer.model_max_length))
+        places = getattr(self.model.config, "max_position_embeddings", MOST_TOKENS)  # of CLIP 77
+        return min(MOST_TOKENS, int(self.tokenizer.model_max_length), places)
 
 
 def mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -110,13 +111,24 @@ def _open(source: str, files: str, device: str) -> Encoder:
         model = cast(Any, AutoModel).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
         )
-    except (OSError, ValueError, KeyError) as error:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        tokenizer.padding_side = "right"  # or positions that are counted from the left would depend on the batch
+        mark = fingerprint(folder, sorted(folder.glob("*.safetensors")))
+        encoder = Encoder(_text_part(model).requires_grad_(False).eval().to(place), tokenizer, place, mark)
+        encoder.embed(["a text"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        # Whatever a model says that takes no texts: its forward wants other inputs, or gives no hidden states.
         first = (str(error).strip().splitlines() or [""])[0][:300]
         raise BackboneError(f"clusters.encoder = {source!r}: not a text encoder: {first}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    mark = fingerprint(folder, sorted(folder.glob("*.safetensors")))
-    return Encoder(model.requires_grad_(False).eval().to(place), tokenizer, place, mark)
+    return encoder
+
+
+def _text_part(model: Any) -> Any:
+    """What reads texts: of an encoder-decoder (T5, BART) the encoder, of texts and images (CLIP, SigLIP) one half."""
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
+    return getattr(model, "text_model", model)
 
 
 def _fetched(source: str) -> Path:
