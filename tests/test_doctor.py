@@ -21,7 +21,7 @@ import torch
 from helpers import FEDGEN, ROOT, command, tiny_data, tiny_model, tiny_settings
 from networks import network_settings
 
-from fedgen_app.fleet import certificates, doctor
+from fedgen_app.fleet import certificates, doctor, wheels
 from fedgen_app.fleet.pack import fingerprint_of
 from fedgen_app.fleet.render import toml
 
@@ -121,12 +121,56 @@ def test_a_damaged_backbone_is_found(tmp_path: Path) -> None:
     assert not found.ok and "damaged" in found.detail and "--replace" in found.fix
 
 
-def test_a_jetson_without_its_own_torch_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    assert doctor.gpu(jetson=False).ok
-    found = doctor.gpu(jetson=True)
-    assert not found.ok and "NVIDIA makes for this JetPack" in found.fix
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that finds the GPU and fails at the first use, as wheels for other GPUs do."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nFor debugging ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", fail)
+
+
+def test_a_gpu_on_which_no_kernel_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_kernels(monkeypatch)
+    ended = command("doctor", "device", "--node", node(tmp_path), "--json")
+    found = {entry["what"]: entry for entry in json.loads(ended.out)}
+    assert ended.status == 1 and [what for what, entry in found.items() if not entry["ok"]] == ["gpu"]
+    assert found["gpu"]["detail"].endswith(
+        "no kernel runs: CUDA error: no kernel image is available for execution on the device"
+    )
+    assert "GB needed at the peak" in found["memory"]["detail"]
+
+
+def test_memory_is_estimated_without_measuring_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*arguments: Any) -> None:
+        raise AssertionError("the machine was measured")
+
+    monkeypatch.setattr("fedgen_app.fleet.devices.measured", measured)
+    assert doctor.memory({"backbone": str(tiny_model())}, tiny_settings()).ok
+
+
+@pytest.mark.parametrize(
+    ("jetson", "cuda", "ok", "said"),
+    [(True, "13.0", False, "JetPack"), (True, None, True, "for the CPU alone"), (False, None, True, "")],
+)
+def test_no_gpu_is_a_fault_where_torch_should_see_one(jetson: bool, cuda: str | None, ok: bool, said: str) -> None:
+    found = doctor.no_gpu(jetson, cuda)
+    assert found.ok is ok and said in found.fix + found.hint and bool(found.fix) is not ok
+
+
+@pytest.mark.parametrize("nvidia", [True, False])
+def test_a_cuda_build_without_a_gpu_is_a_hint(nvidia: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheels, "nvidia", lambda: nvidia)
+    found = doctor.no_gpu(jetson=False, cuda="13.0")
+    assert found.ok and bool(found.hint) is not nvidia
+    assert nvidia or "several GB" in found.hint and "--index-url https://download.pytorch.org/whl/cpu" in found.hint
+
+
+def test_hints_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "gpu", lambda jetson: doctor.Finding("gpu", True, "none", hint="less is more"))
+    out = command("doctor", "device", "--node", node(tmp_path)).out
+    assert "ok   gpu: none\n     hint: less is more\n" in out
 
 
 @pytest.mark.parametrize("part", ["device", "sim"])

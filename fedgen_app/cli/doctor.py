@@ -65,6 +65,8 @@ def doctor(
             print(f"{'ok  ' if finding.ok else 'BAD '} {finding.what}: {finding.detail}", flush=True)
             if not finding.ok:
                 print(f"     -> {finding.fix}")
+            elif finding.hint:
+                print(f"     hint: {finding.hint}")
     if as_json:
         print(json.dumps([asdict(finding) for finding in found], indent=1))
     if not all(finding.ok for finding in found):

@@ -21,6 +21,7 @@ import psutil
 
 from fedgen_app.errors import FedgenError
 from fedgen_app.federation.policy import policy_of
+from fedgen_app.fleet import wheels
 from fedgen_app.fleet.checks import server_days_left
 from fedgen_app.settings import Settings, looks_like_path
 
@@ -42,12 +43,14 @@ class Finding:
 
     Attributes:
         fix: How to mend it, where it is not as it should be.
+        hint: What could be better where it is.
     """
 
     what: str
     ok: bool
     detail: str
     fix: str = ""
+    hint: str = ""
 
 
 def versions(simulation: bool) -> Iterator[Finding]:
@@ -63,8 +66,8 @@ def versions(simulation: bool) -> Iterator[Finding]:
             continue
         if name == unusable:
             fix = f"install {name}, or the system's library that is missing, again"
-            if tegra():
-                fix += "; for torch: the wheels that NVIDIA makes for this JetPack, and its cuDNN"
+            if wheels.tegra():
+                fix += f"; for torch: {wheels.for_jetson(wheels.jetson_linux())}"
             yield Finding(name, False, f"{found}, which cannot be imported: {reason}", fix)
             continue
         fits = name != "flwr" or found.startswith("1.41.")
@@ -81,11 +84,6 @@ def broken() -> tuple[str, str]:
     return "", ""
 
 
-def tegra() -> bool:
-    """Whether this is a Jetson."""
-    return "tegra" in platform.release() or Path("/etc/nv_tegra_release").exists()
-
-
 def hardware() -> Iterator[Finding]:
     """CPU, and the GPU by a kernel that is really launched; nothing where `versions` found the libraries broken."""
     if broken()[0]:
@@ -97,26 +95,42 @@ def hardware() -> Iterator[Finding]:
     cpu = torch.device("cpu")
     half = "native" if computes_bfloat16(cpu) else "emulated: dtype = auto takes float32"
     yield Finding("cpu", True, f"{platform.machine()}, {os.cpu_count()} cores, bfloat16 {half}")
-    yield gpu(tegra())
+    yield gpu(wheels.tegra())
 
 
 def gpu(jetson: bool) -> Finding:
-    """Whether CUDA computes; on a Jetson the usual wheels are found and then fail at the first kernel."""
+    """Whether CUDA computes; on a Jetson the usual wheels are found and may then fail at the first kernel."""
     import torch
 
     if not torch.cuda.is_available():
-        why = "none that torch sees"
-        fix = "install torch from the wheels that NVIDIA makes for this JetPack" if jetson else ""
-        return Finding("gpu", not jetson, f"{why}; training is on the CPU", fix)
-    name = torch.cuda.get_device_name()
+        return no_gpu(jetson, torch.version.cuda)
     try:
+        name = torch.cuda.get_device_name()
         value = float((torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")).sum())
-    except RuntimeError as error:
-        source = "the wheels that NVIDIA makes for this JetPack" if jetson else "one whose CUDA fits this driver"
-        return Finding(
-            "gpu", False, f"{name}: no kernel runs: {str(error).splitlines()[0]}", f"install torch from {source}"
-        )
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fix = wheels.for_jetson(wheels.jetson_linux()) if jetson else "install a torch whose CUDA fits this driver"
+        return Finding("gpu", False, f"torch sees it, but no kernel runs: {reason}", fix)
     return Finding("gpu", value == 64**3, f"{name}, a kernel ran", "the GPU computes wrongly: see the system's log")
+
+
+def no_gpu(jetson: bool, cuda: str | None) -> Finding:
+    """What it means that torch sees no GPU.
+
+    Args:
+        cuda: The version that torch was built for; None: torch was built for the CPU alone, which is a choice.
+    """
+    detail, fix, hint = "none that torch sees; training is on the CPU", "", ""
+    if jetson and cuda:
+        fix = wheels.for_jetson(wheels.jetson_linux())
+    elif jetson:
+        hint = f"this torch is for the CPU alone. For the GPU: {wheels.for_jetson(wheels.jetson_linux())}"
+    elif cuda and not wheels.nvidia():
+        hint = (
+            f"this torch is built for CUDA {cuda}, several GB that nothing here uses. It is smaller in an environment "
+        )
+        hint += f"where {wheels.CPU} came before fedgen-edge"
+    return Finding("gpu", not fix, detail, fix, hint)
 
 
 def room() -> Finding:
@@ -126,19 +140,24 @@ def room() -> Finding:
     return Finding("memory", free >= PROCESS, detail, "end other programs")
 
 
-def memory(node: Mapping[str, Any], settings: Settings) -> Finding:
-    """Free memory, and what the device allows, against the estimate for its backbone and the run's settings."""
+def memory(node: Mapping[str, Any], settings: Settings, gpu_computes: bool = True) -> Finding:
+    """Free memory, and what the device allows, against the estimate for its backbone and the run's settings.
+
+    Args:
+        gpu_computes: False: the estimate is for the CPU, whatever the settings say.
+    """
     from fedgen_app.federation.client import own_choices
+    from fedgen_app.fleet.devices import UNMEASURED
     from fedgen_app.fleet.estimate import estimate
     from fedgen_app.learning.backbone import load_task
 
     if load_task(settings.task).probe is None:  # networks so small that the libraries are all that counts
         return room()
     rank = min(int(node.get("rank", 0)) or settings.lora.rank, settings.lora.rank)
-    own = own_choices(node) | {"lora.rank": rank, "lora.ranks": ""}
+    own = own_choices(node) | {"lora.rank": rank, "lora.ranks": ""} | ({} if gpu_computes else {"device": "cpu"})
     try:
         here = Settings.from_run_config(settings.flat() | own)
-        needed = estimate(here, str(node.get("backbone", ""))).memory
+        needed = estimate(here, str(node.get("backbone", "")), UNMEASURED).memory
     except FedgenError as error:
         return Finding("memory", False, str(error), "until that is mended nobody can say what training takes")
     free, allowed = psutil.virtual_memory().available, int(node.get("memory", 0))
@@ -225,14 +244,17 @@ def data_there(source: str) -> Finding:
 def device(node: Mapping[str, Any], address: str, ca: Path | None, settings: Settings) -> Iterator[Finding]:
     """All findings of a device."""
     yield from versions(simulation=False)
-    yield from hardware()
+    gpu_computes = True
+    for finding in hardware():
+        yield finding
+        gpu_computes &= finding.ok
     source = str(node.get("backbone", ""))
     yield disk(Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser())
     if not broken()[0]:
         there = backbone_there(source, settings.task)
         yield there
         if there.ok:
-            yield memory(node, settings)
+            yield memory(node, settings, gpu_computes)
     if "data" in node:
         yield data_there(str(node["data"]))
     try:
