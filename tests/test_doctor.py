@@ -8,6 +8,7 @@ import os
 import shutil
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,9 +22,11 @@ import torch
 from helpers import FEDGEN, ROOT, command, tiny_data, tiny_model, tiny_settings
 from networks import network_settings
 
+from fedgen_app.errors import BackboneError
 from fedgen_app.fleet import certificates, doctor, wheels
 from fedgen_app.fleet.pack import fingerprint_of
 from fedgen_app.fleet.render import toml
+from fedgen_app.learning.backbone import find, load_task
 
 
 @contextmanager
@@ -188,6 +191,40 @@ def test_a_torch_that_cannot_be_imported_is_a_finding(part: str, tmp_path: Path)
     assert "cannot be imported: libcudnn.so.9" in bad["torch"]["detail"] and bad["torch"]["fix"]
     assert "disk" in found and not {"gpu", "backbone"} & set(found)
     assert "policy" in found or part == "sim"
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """This process without root's rights."""
+    if os.geteuid():
+        pytest.skip("only root can give its rights up")
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_lies_behind_a_shut_folder_is_a_finding() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        (home := Path(place) / "pi").mkdir(mode=0o700)
+        Path(place).chmod(0o755)
+        (lain := home / "texts").mkdir()
+        (link := Path(place) / "link").symlink_to(lain)
+        with nobody():
+            assert f"may not enter {home}" in doctor.data_there(str(link)).detail
+            found = [doctor.data_there(str(lain)), doctor.backbone_there(str(lain), "language"), doctor.disk(lain)]
+            with pytest.raises(BackboneError, match="may not enter"):
+                find(str(lain), "", load_task("language"))
+        assert {finding.what for finding in found} == {"data", "backbone", "disk"}
+        for finding in found:
+            assert not finding.ok and finding.detail.endswith(f"{lain}: this user may not enter {home}")
+            assert f"chmod o+x {home};" in finding.fix
+        home.chmod(0o711)
+        with nobody():
+            assert doctor.data_there(str(lain)).ok
+            lain_is_not_ours = doctor.disk(lain)
+        assert "cannot be written by this user" in lain_is_not_ours.detail
 
 
 def test_memory_is_held_against_the_estimate(tmp_path: Path) -> None:

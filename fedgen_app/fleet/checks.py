@@ -49,6 +49,19 @@ def server_days_left(address: str, ca: Path) -> int:
     return int((ends - datetime.now(UTC).timestamp()) // 86400)
 
 
+def barred(place: Path) -> Path | None:
+    """The folder on the way to a place that this user may not enter; None: the place can be asked for."""
+    real = place.resolve()
+    for path in (*reversed(real.parents), real):
+        try:
+            path.stat()
+        except PermissionError:
+            return path.parent
+        except OSError:  # it is not there, and nothing below it
+            return None
+    return None
+
+
 def check_readable(folder: Path) -> None:
     """Open every file below a folder, as whoever trains has to.
 

@@ -22,7 +22,7 @@ import psutil
 from fedgen_app.errors import FedgenError
 from fedgen_app.federation.policy import policy_of
 from fedgen_app.fleet import wheels
-from fedgen_app.fleet.checks import server_days_left
+from fedgen_app.fleet.checks import barred, server_days_left
 from fedgen_app.settings import Settings, looks_like_path
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "datasets")
@@ -172,11 +172,24 @@ def memory(node: Mapping[str, Any], settings: Settings, gpu_computes: bool = Tru
     return Finding("memory", free >= peak, detail, fix)
 
 
+def allowed(place: Path, mode: int) -> bool:
+    """Whether this user may do so: ``os.access`` asks for who started the process, which a change of user leaves."""
+    return os.access(place, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def shut(what: str, place: Path, folder: Path) -> Finding:
+    """It lies behind a folder that this user may not enter."""
+    fix = f"let others pass through it: chmod o+x {folder}; or lay it elsewhere"
+    return Finding(what, False, f"{place}: this user may not enter {folder}", fix)
+
+
 def disk(folder: Path) -> Finding:
     """Free space where state is kept, and whether it can be written."""
+    if closed := barred(folder):
+        return shut("disk", folder, closed)
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    if not os.access(there, os.W_OK):
+    if not allowed(there, os.W_OK):
         return Finding(
             "disk", False, f"{there} cannot be written by this user", f"chown it to the user that runs this: {there}"
         )
@@ -190,6 +203,8 @@ def backbone_there(source: str, task: str) -> Finding:
     from fedgen_app.fleet.pack import fingerprint_of
 
     folder = Path(source).expanduser()
+    if closed := barred(folder):
+        return shut("backbone", folder, closed)
     if not folder.is_dir():
         return Finding(
             "backbone", False, f"{source}: no such folder", f"fedgen backbone pull URL --to {source} --key FILE"
@@ -234,7 +249,9 @@ def clock(address: str, ca: Path) -> Finding:
 def data_there(source: str) -> Finding:
     """Whether the device's data can be read."""
     place = Path(source)
-    readable = place.exists() and os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0))
+    if closed := barred(place):
+        return shut("data", place, closed)
+    readable = place.exists() and allowed(place, os.R_OK | (os.X_OK if place.is_dir() else 0))
     detail = "can be read" if readable else "cannot be read by this user, or is not there"
     return Finding(
         "data", readable, f"{source}: {detail}", f"let the group of the user read it: chmod -R g+rX {source}"

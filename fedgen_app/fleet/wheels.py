@@ -11,9 +11,9 @@ INDEX = "pip install torch --index-url https://download.pytorch.org/whl/"
 CPU = f"{INDEX}cpu"
 # Begins like "# R36 (release), REVISION: 4.7, GCID: ...".
 RELEASE = Path("/etc/nv_tegra_release")
-# JetPack by its Jetson Linux, and which of PyTorch's indexes has kernels for it: 7.0 and 7.1 are for Thor alone (compute
-# capability 11.0, in wheels from CUDA 13.0 on); Orin (8.7) runs those for 8.0 from CUDA 13.2 on, which 7.2 has
-# (``torch.cuda.DEVICE_REQUIREMENT_POST_JETSON_SBSA_UNIFICATION``).
+# JetPack by its Jetson Linux, and which of PyTorch's indexes has kernels for it: 7.0 and 7.1 are for Thor alone
+# (compute capability 11.0, in wheels from CUDA 13.0 on); Orin (8.7) runs those for 8.0 from CUDA 13.2 on, which 7.2
+# has (``torch.cuda.DEVICE_REQUIREMENT_POST_JETSON_SBSA_UNIFICATION``).
 JETPACK = {32: "4", 34: "5", 35: "5", 36: "6", 38: "7.0 or 7.1", 39: "7.2"}
 WITH_KERNELS = {38: f"{INDEX}cu130", 39: f"{INDEX}cu132"}
 # NVIDIA's number among the makers of PCI devices, and what its drivers make: in Linux, and in Windows' Linux (WSL).
