@@ -23,14 +23,14 @@ from helpers import FEDGEN, ROOT, command, tiny_data, tiny_model, tiny_settings
 from networks import network_settings
 
 from fedgen_app.errors import BackboneError
-from fedgen_app.fleet import certificates, doctor, wheels
+from fedgen_app.fleet import certificates, checks, doctor, wheels
 from fedgen_app.fleet.pack import fingerprint_of
 from fedgen_app.fleet.render import toml
 from fedgen_app.learning.backbone import find, load_task
 
 
 @contextmanager
-def superlink(folder: Path, ahead: float = 0.0, days: int = 90) -> Iterator[tuple[str, Path]]:
+def superlink(folder: Path, ahead: float = 0.0, days: int = 90, ca_days: int = 3650) -> Iterator[tuple[str, Path]]:
     """Something that answers over TLS with a clock of its own; its address and the authority's certificate."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -45,7 +45,8 @@ def superlink(folder: Path, ahead: float = 0.0, days: int = 90) -> Iterator[tupl
 
     ca_key, key = certificates.new_key(), certificates.new_key()
     ca = certificates.authority(ca_key, "test", 3650)
-    (folder / "ca.crt").write_bytes(ca)
+    # Made anew from the same key, it verifies the same certificates: a device may still hold the old one.
+    (folder / "ca.crt").write_bytes(certificates.authority(ca_key, "test", ca_days))
     (folder / "server.pem").write_bytes(key + certificates.server_certificate(ca, ca_key, key, ["localhost"], days))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem")
@@ -79,9 +80,20 @@ def test_a_device_that_is_fit(tmp_path: Path) -> None:
         ended = command("doctor", "device", "--node", config, "--server", address, "--ca", ca, "--json")
     found = {entry["what"]: entry for entry in json.loads(ended.out)}
     assert ended.status == 0 and all(entry["ok"] for entry in found.values())
-    assert {"python", "flwr", "cpu", "gpu", "memory", "disk", "backbone", "data", "policy", "server", "clock"} <= set(
-        found
-    )
+    assert {
+        "python",
+        "flwr",
+        "cpu",
+        "gpu",
+        "memory",
+        "disk",
+        "backbone",
+        "data",
+        "policy",
+        "server",
+        "authority",
+        "clock",
+    } <= set(found)
     assert torch.__version__.startswith(found["torch"]["detail"])
     assert found["backbone"]["detail"].endswith(fingerprint_of(tiny_model(), "language"))
     assert "89 days left" in found["server"]["detail"]
@@ -105,6 +117,17 @@ def test_the_clock_is_held_against_what_flower_takes(ahead: float, fits: bool, t
     # A server whose clock is ahead: ours is behind, of which Flower takes more.
     with superlink(tmp_path, ahead) as (address, ca):
         assert doctor.clock(address, ca).ok is fits
+
+
+def test_the_devices_own_authority_may_end_first(tmp_path: Path) -> None:
+    with superlink(tmp_path, days=397, ca_days=7) as (address, ca):
+        found = by_name(list(doctor.server(address, ca)))
+        assert checks.server_days_left(address, ca) == 6
+        (tmp_path / "both.crt").write_bytes(ca.read_bytes() + certificates.authority(certificates.new_key(), "no", 1))
+        assert checks.days_left(address, tmp_path / "both.crt") == (396, 6)
+    assert found["server"].ok and "396 days left" in found["server"].detail
+    assert not found["authority"].ok and f"{ca}: 6 days left" in found["authority"].detail
+    assert "install its ca.crt here" in found["authority"].fix
 
 
 def test_a_server_that_is_none(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import psutil
 from fedgen_app.errors import FedgenError
 from fedgen_app.federation.policy import policy_of
 from fedgen_app.fleet import wheels
-from fedgen_app.fleet.checks import barred, server_days_left
+from fedgen_app.fleet.checks import barred, days_left
 from fedgen_app.settings import Settings, looks_like_path
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "datasets")
@@ -218,15 +218,17 @@ def backbone_there(source: str, task: str) -> Finding:
 
 
 def server(address: str, ca: Path) -> Iterator[Finding]:
-    """The server's port, its certificate's days, and this machine's clock against the server's."""
+    """The server's port, days of its certificate and of this machine's ``ca``, and this clock against the server's."""
     try:
-        days = server_days_left(address, ca)
+        days, own = days_left(address, ca)
     except FedgenError as error:
         yield Finding(
             "server", False, str(error), "is the server up, its port open, and this ca.crt of the same fleet?"
         )
         return
     yield Finding("server", days >= LEAST_DAYS, f"{address} answers, {days} days left", "fedgen provision ... --renew")
+    fix = f"fedgen provision ... --renew where it has not been done, then install its ca.crt here as {ca}"
+    yield Finding("authority", own >= LEAST_DAYS, f"{ca}: {own} days left", fix)
     yield clock(address, ca)
 
 
