@@ -262,6 +262,19 @@ def test_memory_is_held_against_the_estimate(tmp_path: Path) -> None:
     assert not wide.ok and "batches of 200000000" in wide.detail
 
 
+@pytest.mark.parametrize(
+    ("controllers", "hints"),
+    [("cpuset cpu io memory pids\n", [""]), ("cpuset cpu io pids\n", ["cgroup_enable=memory"]), (None, [])],
+)
+def test_a_kernel_without_limits_of_memory(controllers: str | None, hints: list[str], tmp_path: Path) -> None:
+    if controllers is not None:
+        (tmp_path / "cgroup.controllers").write_text(controllers)
+    found = list(doctor.limits(tmp_path / "cgroup.controllers"))
+    assert all(finding.ok for finding in found) and len(found) == len(hints)
+    for finding, hint in zip(found, hints, strict=True):
+        assert hint in finding.hint and bool(hint) is bool(finding.hint)
+
+
 def test_what_cannot_be_estimated_is_no_good_news() -> None:
     found = doctor.memory({"backbone": "/no/such/backbone"}, tiny_settings())
     assert not found.ok and "/no/such/backbone" in found.detail

@@ -35,6 +35,7 @@ AHEAD, BEHIND = 5.0, 305.0
 PROCESS = 1000**3  # bytes: Python with torch, transformers and peft, and Flower's own process beside it
 PROCESS_BESIDE = 200 * 1000**2  # bytes: Flower's own process, the SuperNode
 TIMEOUT = 10.0
+CONTROLLERS = Path("/sys/fs/cgroup/cgroup.controllers")  # of the kernel's cgroups, version 2
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,22 @@ def shut(what: str, place: Path, folder: Path) -> Finding:
     return Finding(what, False, f"{place}: this user may not enter {folder}", fix)
 
 
+def limits(controllers: Path = CONTROLLERS) -> Iterator[Finding]:
+    """Whether the kernel can hold a service to a limit of memory; nothing where it has no cgroups of version 2."""
+    try:
+        there = controllers.read_text(encoding="utf-8").split()
+    except OSError:
+        return
+    if "memory" in there:
+        yield Finding("limits", True, "the kernel can limit a service's memory")
+        return
+    # Raspberry Pi's firmware starts the kernel with cgroup_disable=memory (github.com/raspberrypi/linux/issues/6980).
+    hint = (
+        "on a Raspberry Pi: cgroup_enable=memory at the end of the one line in /boot/firmware/cmdline.txt, and restart"
+    )
+    yield Finding("limits", True, "the kernel cannot limit memory: the service's MemoryMax has no effect", hint=hint)
+
+
 def disk(folder: Path) -> Finding:
     """Free space where state is kept, and whether it can be written."""
     if closed := barred(folder):
@@ -274,6 +291,7 @@ def device(node: Mapping[str, Any], address: str, ca: Path | None, settings: Set
         yield there
         if there.ok:
             yield memory(node, settings, gpu_computes)
+    yield from limits()
     if "data" in node:
         yield data_there(str(node["data"]))
     try:
