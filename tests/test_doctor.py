@@ -300,6 +300,16 @@ def test_a_presets_task_counts(options: list[str], task: str, monkeypatch: pytes
     assert command("doctor", "device", *options).status == 0 and seen == [task]
 
 
+def test_a_servers_backbone_is_looked_at(tmp_path: Path) -> None:
+    def looked(backbone: Path) -> tuple[int, dict[str, Any]]:
+        ended = command("doctor", "server", "--state", tmp_path, "--set", f"backbone={backbone}", "--json")
+        return ended.status, {entry["what"]: entry for entry in json.loads(ended.out)}["backbone"]
+
+    status, found = looked(tmp_path / "none")
+    assert status == 1 and not found["ok"] and f"{tmp_path}/none: no such folder" in found["detail"]
+    assert looked(tiny_model())[1]["detail"].endswith(fingerprint_of(tiny_model(), "language"))
+
+
 def test_options_that_do_not_fit(tmp_path: Path) -> None:
     assert command("doctor", "server", "--server", "x:1").status == 2
     assert command("doctor", "sim", "--node", "x.toml").status == 2
