@@ -127,10 +127,8 @@ def no_gpu(jetson: bool, cuda: str | None) -> Finding:
     elif jetson:
         hint = f"this torch is for the CPU alone. For the GPU: {wheels.for_jetson(wheels.jetson_linux())}"
     elif cuda and not wheels.nvidia():
-        hint = (
-            f"this torch is built for CUDA {cuda}, several GB that nothing here uses. It is smaller in an environment "
-        )
-        hint += f"where {wheels.CPU} came before fedgen-edge"
+        hint = f"this torch is built for CUDA {cuda}, several GB that nothing here uses; in a new environment, before "
+        hint += f"fedgen-edge: {wheels.CPU}"
     return Finding("gpu", not fix, detail, fix, hint)
 
 
