@@ -460,6 +460,36 @@ def test_pack_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+def test_pack_looks_first_whether_devices_will_take_it(tmp_path: Path) -> None:
+    spaced = shutil.copytree(tiny_model(), tmp_path / "My Model")
+    ended = command("backbone", "pack", spaced, "--output", tmp_path / "o", "--key", tmp_path / "k")
+    assert ended.status == 2 and "its name 'My Model' should be letters" in ended.err
+    twice = shutil.copytree(tiny_model(), tmp_path / "twice")
+    for name in ("a.md", "A.md"):
+        (twice / name).write_text("a card")
+    ended = command("backbone", "pack", twice, "--output", tmp_path / "o", "--key", tmp_path / "k")
+    assert ended.status == 2 and "has two files of one path" in ended.err
+    assert not (tmp_path / "o").exists() and not (tmp_path / "k").exists()
+
+
+@pytest.mark.parametrize("chunks", [235_000, 300_000])
+def test_pack_makes_no_manifest_that_pull_refuses(chunks: int, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model(), tmp_path / "model")
+    with (model / "more.txt").open("wb") as stream:
+        stream.truncate(chunks * 4096)  # a hole: it takes no disk
+    with pytest.raises(SettingsError, match="more than 16 MiB"):
+        pack(model, tmp_path / "o", tmp_path / "k", "language", 4096)
+    assert not (tmp_path / "o").exists() and not (tmp_path / "k").exists()
+
+
+def test_a_key_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for key in (tmp_path / "file" / "key", Path("/proc/none/key")):
+        ended = command("backbone", "pack", tiny_model(), "--output", tmp_path / "o", "--key", key)
+        assert ended.status == 2 and f"--key {key}: no key can be written there" in ended.err
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_signature_is_for_manifests_alone() -> None:
     key = Ed25519PrivateKey.generate()
     with pytest.raises(BackboneError):

@@ -8,6 +8,7 @@ import os
 import shutil
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,13 +22,15 @@ import torch
 from helpers import FEDGEN, ROOT, command, tiny_data, tiny_model, tiny_settings
 from networks import network_settings
 
-from fedgen_app.fleet import certificates, doctor
+from fedgen_app.errors import BackboneError
+from fedgen_app.fleet import certificates, checks, doctor, wheels
 from fedgen_app.fleet.pack import fingerprint_of
 from fedgen_app.fleet.render import toml
+from fedgen_app.learning.backbone import find, load_task
 
 
 @contextmanager
-def superlink(folder: Path, ahead: float = 0.0, days: int = 90) -> Iterator[tuple[str, Path]]:
+def superlink(folder: Path, ahead: float = 0.0, days: int = 90, ca_days: int = 3650) -> Iterator[tuple[str, Path]]:
     """Something that answers over TLS with a clock of its own; its address and the authority's certificate."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -42,7 +45,8 @@ def superlink(folder: Path, ahead: float = 0.0, days: int = 90) -> Iterator[tupl
 
     ca_key, key = certificates.new_key(), certificates.new_key()
     ca = certificates.authority(ca_key, "test", 3650)
-    (folder / "ca.crt").write_bytes(ca)
+    # Made anew from the same key, it verifies the same certificates: a device may still hold the old one.
+    (folder / "ca.crt").write_bytes(certificates.authority(ca_key, "test", ca_days))
     (folder / "server.pem").write_bytes(key + certificates.server_certificate(ca, ca_key, key, ["localhost"], days))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem")
@@ -76,9 +80,20 @@ def test_a_device_that_is_fit(tmp_path: Path) -> None:
         ended = command("doctor", "device", "--node", config, "--server", address, "--ca", ca, "--json")
     found = {entry["what"]: entry for entry in json.loads(ended.out)}
     assert ended.status == 0 and all(entry["ok"] for entry in found.values())
-    assert {"python", "flwr", "cpu", "gpu", "memory", "disk", "backbone", "data", "policy", "server", "clock"} <= set(
-        found
-    )
+    assert {
+        "python",
+        "flwr",
+        "cpu",
+        "gpu",
+        "memory",
+        "disk",
+        "backbone",
+        "data",
+        "policy",
+        "server",
+        "authority",
+        "clock",
+    } <= set(found)
     assert torch.__version__.startswith(found["torch"]["detail"])
     assert found["backbone"]["detail"].endswith(fingerprint_of(tiny_model(), "language"))
     assert "89 days left" in found["server"]["detail"]
@@ -104,6 +119,17 @@ def test_the_clock_is_held_against_what_flower_takes(ahead: float, fits: bool, t
         assert doctor.clock(address, ca).ok is fits
 
 
+def test_the_devices_own_authority_may_end_first(tmp_path: Path) -> None:
+    with superlink(tmp_path, days=397, ca_days=7) as (address, ca):
+        found = by_name(list(doctor.server(address, ca)))
+        assert checks.server_days_left(address, ca) == 6
+        (tmp_path / "both.crt").write_bytes(ca.read_bytes() + certificates.authority(certificates.new_key(), "no", 1))
+        assert checks.days_left(address, tmp_path / "both.crt") == (396, 6)
+    assert found["server"].ok and "396 days left" in found["server"].detail
+    assert not found["authority"].ok and f"{ca}: 6 days left" in found["authority"].detail
+    assert "install its ca.crt here" in found["authority"].fix
+
+
 def test_a_server_that_is_none(tmp_path: Path) -> None:
     with superlink(tmp_path) as (address, ca):
         pass
@@ -121,12 +147,56 @@ def test_a_damaged_backbone_is_found(tmp_path: Path) -> None:
     assert not found.ok and "damaged" in found.detail and "--replace" in found.fix
 
 
-def test_a_jetson_without_its_own_torch_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    assert doctor.gpu(jetson=False).ok
-    found = doctor.gpu(jetson=True)
-    assert not found.ok and "NVIDIA makes for this JetPack" in found.fix
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that finds the GPU and fails at the first use, as wheels for other GPUs do."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nFor debugging ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", fail)
+
+
+def test_a_gpu_on_which_no_kernel_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_kernels(monkeypatch)
+    ended = command("doctor", "device", "--node", node(tmp_path), "--json")
+    found = {entry["what"]: entry for entry in json.loads(ended.out)}
+    assert ended.status == 1 and [what for what, entry in found.items() if not entry["ok"]] == ["gpu"]
+    assert found["gpu"]["detail"].endswith(
+        "no kernel runs: CUDA error: no kernel image is available for execution on the device"
+    )
+    assert "GB needed at the peak" in found["memory"]["detail"]
+
+
+def test_memory_is_estimated_without_measuring_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*arguments: Any) -> None:
+        raise AssertionError("the machine was measured")
+
+    monkeypatch.setattr("fedgen_app.fleet.devices.measured", measured)
+    assert doctor.memory({"backbone": str(tiny_model())}, tiny_settings()).ok
+
+
+@pytest.mark.parametrize(
+    ("jetson", "cuda", "ok", "said"),
+    [(True, "13.0", False, "JetPack"), (True, None, True, "for the CPU alone"), (False, None, True, "")],
+)
+def test_no_gpu_is_a_fault_where_torch_should_see_one(jetson: bool, cuda: str | None, ok: bool, said: str) -> None:
+    found = doctor.no_gpu(jetson, cuda)
+    assert found.ok is ok and said in found.fix + found.hint and bool(found.fix) is not ok
+
+
+@pytest.mark.parametrize("nvidia", [True, False])
+def test_a_cuda_build_without_a_gpu_is_a_hint(nvidia: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheels, "nvidia", lambda: nvidia)
+    found = doctor.no_gpu(jetson=False, cuda="13.0")
+    assert found.ok and bool(found.hint) is not nvidia
+    assert nvidia or "several GB" in found.hint and "--index-url https://download.pytorch.org/whl/cpu" in found.hint
+
+
+def test_hints_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "gpu", lambda jetson: doctor.Finding("gpu", True, "none", hint="less is more"))
+    out = command("doctor", "device", "--node", node(tmp_path)).out
+    assert "ok   gpu: none\n     hint: less is more\n" in out
 
 
 @pytest.mark.parametrize("part", ["device", "sim"])
@@ -146,6 +216,40 @@ def test_a_torch_that_cannot_be_imported_is_a_finding(part: str, tmp_path: Path)
     assert "policy" in found or part == "sim"
 
 
+@contextmanager
+def nobody() -> Iterator[None]:
+    """This process without root's rights."""
+    if os.geteuid():
+        pytest.skip("only root can give its rights up")
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_lies_behind_a_shut_folder_is_a_finding() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        (home := Path(place) / "pi").mkdir(mode=0o700)
+        Path(place).chmod(0o755)
+        (lain := home / "texts").mkdir()
+        (link := Path(place) / "link").symlink_to(lain)
+        with nobody():
+            assert f"may not enter {home}" in doctor.data_there(str(link)).detail
+            found = [doctor.data_there(str(lain)), doctor.backbone_there(str(lain), "language"), doctor.disk(lain)]
+            with pytest.raises(BackboneError, match="may not enter"):
+                find(str(lain), "", load_task("language"))
+        assert {finding.what for finding in found} == {"data", "backbone", "disk"}
+        for finding in found:
+            assert not finding.ok and finding.detail.endswith(f"{lain}: this user may not enter {home}")
+            assert f"chmod o+x {home};" in finding.fix
+        home.chmod(0o711)
+        with nobody():
+            assert doctor.data_there(str(lain)).ok
+            lain_is_not_ours = doctor.disk(lain)
+        assert "cannot be written by this user" in lain_is_not_ours.detail
+
+
 def test_memory_is_held_against_the_estimate(tmp_path: Path) -> None:
     config, settings = {"backbone": str(tiny_model()), "rank": 2}, tiny_settings(batch_size=3)
     found = doctor.memory(config, settings)
@@ -156,6 +260,19 @@ def test_memory_is_held_against_the_estimate(tmp_path: Path) -> None:
     )
     wide = doctor.memory(config, tiny_settings(batch_size=200_000_000))
     assert not wide.ok and "batches of 200000000" in wide.detail
+
+
+@pytest.mark.parametrize(
+    ("controllers", "hints"),
+    [("cpuset cpu io memory pids\n", [""]), ("cpuset cpu io pids\n", ["cgroup_enable=memory"]), (None, [])],
+)
+def test_a_kernel_without_limits_of_memory(controllers: str | None, hints: list[str], tmp_path: Path) -> None:
+    if controllers is not None:
+        (tmp_path / "cgroup.controllers").write_text(controllers)
+    found = list(doctor.limits(tmp_path / "cgroup.controllers"))
+    assert all(finding.ok for finding in found) and len(found) == len(hints)
+    for finding, hint in zip(found, hints, strict=True):
+        assert hint in finding.hint and bool(hint) is bool(finding.hint)
 
 
 def test_what_cannot_be_estimated_is_no_good_news() -> None:
@@ -181,6 +298,16 @@ def test_a_presets_task_counts(options: list[str], task: str, monkeypatch: pytes
     seen = []
     monkeypatch.setattr(doctor, "device", lambda node, address, ca, settings: seen.append(settings.task) or [])
     assert command("doctor", "device", *options).status == 0 and seen == [task]
+
+
+def test_a_servers_backbone_is_looked_at(tmp_path: Path) -> None:
+    def looked(backbone: Path) -> tuple[int, dict[str, Any]]:
+        ended = command("doctor", "server", "--state", tmp_path, "--set", f"backbone={backbone}", "--json")
+        return ended.status, {entry["what"]: entry for entry in json.loads(ended.out)}["backbone"]
+
+    status, found = looked(tmp_path / "none")
+    assert status == 1 and not found["ok"] and f"{tmp_path}/none: no such folder" in found["detail"]
+    assert looked(tiny_model())[1]["detail"].endswith(fingerprint_of(tiny_model(), "language"))
 
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:

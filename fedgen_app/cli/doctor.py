@@ -32,8 +32,12 @@ def doctor(
     ca: Annotated[Path | None, typer.Option(help="The fleet's ca.crt, for --server.")] = None,
     state: Annotated[Path, typer.Option(help="server, sim: where runs will lie.")] = Path("runs"),
     task: Annotated[str, typer.Option(help="What the backbone generates; default: as the settings say.")] = "",
-    preset: Annotated[str, typer.Option(help="device: settings of the run, for its memory; as of `fedgen run`.")] = "",
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="device: one of them.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="device, server: settings of the run, for memory and backbone; as of `fedgen run`.")
+    ] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="device, server: one of them.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Look at this machine; exit status 1 where something is wrong, with how to mend it."""
@@ -55,6 +59,8 @@ def doctor(
         yield from looking.hardware()
         yield looking.room()
         yield looking.disk(state.resolve())
+        if part is Part.SERVER and not looking.broken()[0]:
+            yield looking.backbone_there(settings.backbone, settings.task)
         if address and ca:
             yield from looking.server(address, ca)
 
@@ -65,6 +71,8 @@ def doctor(
             print(f"{'ok  ' if finding.ok else 'BAD '} {finding.what}: {finding.detail}", flush=True)
             if not finding.ok:
                 print(f"     -> {finding.fix}")
+            elif finding.hint:
+                print(f"     hint: {finding.hint}")
     if as_json:
         print(json.dumps([asdict(finding) for finding in found], indent=1))
     if not all(finding.ok for finding in found):

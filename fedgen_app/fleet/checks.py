@@ -9,8 +9,10 @@ import os
 import socket
 import ssl
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedgen_app.errors import FedgenError, RunError
 from fedgen_app.federation.policy import Policy
@@ -25,7 +27,14 @@ def split(address: str) -> tuple[str, int]:
 
 
 def server_days_left(address: str, ca: Path) -> int:
-    """Whole days that the certificate of a server is still valid, after a TLS handshake that checks it.
+    """Whole days that a device still reaches a server: until its certificate ends, or the device's own authority."""
+    return min(days_left(address, ca))
+
+
+def days_left(address: str, ca: Path) -> tuple[int, int]:
+    """Whole days that the server's certificate and the authority in ``ca`` are still valid, after a TLS handshake.
+
+    The authority may end first: after a renewal the server has new certificates and the device the old file.
 
     Raises:
         RunError: it cannot be reached, or its certificate is not for it or not of this authority.
@@ -45,8 +54,28 @@ def server_days_left(address: str, ca: Path) -> int:
         ) from None
     except (OSError, ValueError) as error:
         raise RunError(f"{address}: cannot be reached: {error}") from None
-    ends = ssl.cert_time_to_seconds(str((certificate or {})["notAfter"]))
-    return int((ends - datetime.now(UTC).timestamp()) // 86400)
+    shown: dict[str, Any] = dict(certificate or {})
+    known = context.get_ca_certs()
+    # With another certificate between the two the file's authorities are those further up.
+    signers = [each for each in known if each["subject"] == shown["issuer"]] or known
+    return _days(shown), max(_days(dict(each)) for each in signers)
+
+
+def _days(certificate: Mapping[str, Any]) -> int:
+    return int((ssl.cert_time_to_seconds(certificate["notAfter"]) - datetime.now(UTC).timestamp()) // 86400)
+
+
+def barred(place: Path) -> Path | None:
+    """The folder on the way to a place that this user may not enter; None: the place can be asked for."""
+    real = place.resolve()
+    for path in (*reversed(real.parents), real):
+        try:
+            path.stat()
+        except PermissionError:
+            return path.parent
+        except OSError:  # it is not there, and nothing below it
+            return None
+    return None
 
 
 def check_readable(path: Path) -> None:
@@ -77,7 +106,7 @@ def main(arguments: list[str]) -> int:
     try:
         match arguments:
             case ["server", address, ca]:
-                print(f"ok: {address} answers, its certificate is valid for {server_days_left(address, Path(ca))} days")
+                print(f"ok: {address} answers, certificates are valid for {server_days_left(address, Path(ca))} days")
             case ["policy", file]:
                 Policy.read(Path(file))
                 print(f"ok: {file}")

@@ -85,6 +85,10 @@ CLASSES = dict(
 )
 
 
+# This machine where its speed does not matter, and a GPU need not work.
+UNMEASURED = Device(THIS, 0, {"float32": 1.0}, 1.0, 0.0, "not measured")
+
+
 def measured(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Device:
     """This machine, by a second of products, copies and small operations in the type that is computed in."""
 

@@ -21,7 +21,8 @@ import psutil
 
 from fedgen_app.errors import FedgenError
 from fedgen_app.federation.policy import policy_of
-from fedgen_app.fleet.checks import server_days_left
+from fedgen_app.fleet import wheels
+from fedgen_app.fleet.checks import barred, days_left
 from fedgen_app.settings import Settings, looks_like_path
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "datasets")
@@ -34,6 +35,7 @@ AHEAD, BEHIND = 5.0, 305.0
 PROCESS = 1000**3  # bytes: Python with torch, transformers and peft, and Flower's own process beside it
 PROCESS_BESIDE = 200 * 1000**2  # bytes: Flower's own process, the SuperNode
 TIMEOUT = 10.0
+CONTROLLERS = Path("/sys/fs/cgroup/cgroup.controllers")  # of the kernel's cgroups, version 2
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ class Finding:
 
     Attributes:
         fix: How to mend it, where it is not as it should be.
+        hint: What could be better where it is.
     """
 
     what: str
     ok: bool
     detail: str
     fix: str = ""
+    hint: str = ""
 
 
 def versions(simulation: bool) -> Iterator[Finding]:
@@ -63,8 +67,8 @@ def versions(simulation: bool) -> Iterator[Finding]:
             continue
         if name == unusable:
             fix = f"install {name}, or the system's library that is missing, again"
-            if tegra():
-                fix += "; for torch: the wheels that NVIDIA makes for this JetPack, and its cuDNN"
+            if wheels.tegra():
+                fix += f"; for torch: {wheels.for_jetson(wheels.jetson_linux())}"
             yield Finding(name, False, f"{found}, which cannot be imported: {reason}", fix)
             continue
         fits = name != "flwr" or found.startswith("1.41.")
@@ -81,11 +85,6 @@ def broken() -> tuple[str, str]:
     return "", ""
 
 
-def tegra() -> bool:
-    """Whether this is a Jetson."""
-    return "tegra" in platform.release() or Path("/etc/nv_tegra_release").exists()
-
-
 def hardware() -> Iterator[Finding]:
     """CPU, and the GPU by a kernel that is really launched; nothing where `versions` found the libraries broken."""
     if broken()[0]:
@@ -97,26 +96,40 @@ def hardware() -> Iterator[Finding]:
     cpu = torch.device("cpu")
     half = "native" if computes_bfloat16(cpu) else "emulated: dtype = auto takes float32"
     yield Finding("cpu", True, f"{platform.machine()}, {os.cpu_count()} cores, bfloat16 {half}")
-    yield gpu(tegra())
+    yield gpu(wheels.tegra())
 
 
 def gpu(jetson: bool) -> Finding:
-    """Whether CUDA computes; on a Jetson the usual wheels are found and then fail at the first kernel."""
+    """Whether CUDA computes; on a Jetson the usual wheels are found and may then fail at the first kernel."""
     import torch
 
     if not torch.cuda.is_available():
-        why = "none that torch sees"
-        fix = "install torch from the wheels that NVIDIA makes for this JetPack" if jetson else ""
-        return Finding("gpu", not jetson, f"{why}; training is on the CPU", fix)
-    name = torch.cuda.get_device_name()
+        return no_gpu(jetson, torch.version.cuda)
     try:
+        name = torch.cuda.get_device_name()
         value = float((torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")).sum())
-    except RuntimeError as error:
-        source = "the wheels that NVIDIA makes for this JetPack" if jetson else "one whose CUDA fits this driver"
-        return Finding(
-            "gpu", False, f"{name}: no kernel runs: {str(error).splitlines()[0]}", f"install torch from {source}"
-        )
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fix = wheels.for_jetson(wheels.jetson_linux()) if jetson else "install a torch whose CUDA fits this driver"
+        return Finding("gpu", False, f"torch sees it, but no kernel runs: {reason}", fix)
     return Finding("gpu", value == 64**3, f"{name}, a kernel ran", "the GPU computes wrongly: see the system's log")
+
+
+def no_gpu(jetson: bool, cuda: str | None) -> Finding:
+    """What it means that torch sees no GPU.
+
+    Args:
+        cuda: The version that torch was built for; None: torch was built for the CPU alone, which is a choice.
+    """
+    detail, fix, hint = "none that torch sees; training is on the CPU", "", ""
+    if jetson and cuda:
+        fix = wheels.for_jetson(wheels.jetson_linux())
+    elif jetson:
+        hint = f"this torch is for the CPU alone. For the GPU: {wheels.for_jetson(wheels.jetson_linux())}"
+    elif cuda and not wheels.nvidia():
+        hint = f"this torch is built for CUDA {cuda}, several GB that nothing here uses; in a new environment, before "
+        hint += f"fedgen-edge: {wheels.CPU}"
+    return Finding("gpu", not fix, detail, fix, hint)
 
 
 def room() -> Finding:
@@ -126,19 +139,24 @@ def room() -> Finding:
     return Finding("memory", free >= PROCESS, detail, "end other programs")
 
 
-def memory(node: Mapping[str, Any], settings: Settings) -> Finding:
-    """Free memory, and what the device allows, against the estimate for its backbone and the run's settings."""
+def memory(node: Mapping[str, Any], settings: Settings, gpu_computes: bool = True) -> Finding:
+    """Free memory, and what the device allows, against the estimate for its backbone and the run's settings.
+
+    Args:
+        gpu_computes: False: the estimate is for the CPU, whatever the settings say.
+    """
     from fedgen_app.federation.client import own_choices
+    from fedgen_app.fleet.devices import UNMEASURED
     from fedgen_app.fleet.estimate import estimate
     from fedgen_app.learning.backbone import load_task
 
     if load_task(settings.task).probe is None:  # networks so small that the libraries are all that counts
         return room()
     rank = min(int(node.get("rank", 0)) or settings.lora.rank, settings.lora.rank)
-    own = own_choices(node) | {"lora.rank": rank, "lora.ranks": ""}
+    own = own_choices(node) | {"lora.rank": rank, "lora.ranks": ""} | ({} if gpu_computes else {"device": "cpu"})
     try:
         here = Settings.from_run_config(settings.flat() | own)
-        needed = estimate(here, str(node.get("backbone", ""))).memory
+        needed = estimate(here, str(node.get("backbone", "")), UNMEASURED).memory
     except FedgenError as error:
         return Finding("memory", False, str(error), "until that is mended nobody can say what training takes")
     free, allowed = psutil.virtual_memory().available, int(node.get("memory", 0))
@@ -153,11 +171,40 @@ def memory(node: Mapping[str, Any], settings: Settings) -> Finding:
     return Finding("memory", free >= peak, detail, fix)
 
 
+def allowed(place: Path, mode: int) -> bool:
+    """Whether this user may do so: ``os.access`` asks for who started the process, which a change of user leaves."""
+    return os.access(place, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def shut(what: str, place: Path, folder: Path) -> Finding:
+    """It lies behind a folder that this user may not enter."""
+    fix = f"let others pass through it: chmod o+x {folder}; or lay it elsewhere"
+    return Finding(what, False, f"{place}: this user may not enter {folder}", fix)
+
+
+def limits(controllers: Path = CONTROLLERS) -> Iterator[Finding]:
+    """Whether the kernel can hold a service to a limit of memory; nothing where it has no cgroups of version 2."""
+    try:
+        there = controllers.read_text(encoding="utf-8").split()
+    except OSError:
+        return
+    if "memory" in there:
+        yield Finding("limits", True, "the kernel can limit a service's memory")
+        return
+    # Raspberry Pi's firmware starts the kernel with cgroup_disable=memory (github.com/raspberrypi/linux/issues/6980).
+    hint = (
+        "on a Raspberry Pi: cgroup_enable=memory at the end of the one line in /boot/firmware/cmdline.txt, and restart"
+    )
+    yield Finding("limits", True, "the kernel cannot limit memory: the service's MemoryMax has no effect", hint=hint)
+
+
 def disk(folder: Path) -> Finding:
     """Free space where state is kept, and whether it can be written."""
+    if closed := barred(folder):
+        return shut("disk", folder, closed)
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    if not os.access(there, os.W_OK):
+    if not allowed(there, os.W_OK):
         return Finding(
             "disk", False, f"{there} cannot be written by this user", f"chown it to the user that runs this: {there}"
         )
@@ -171,6 +218,8 @@ def backbone_there(source: str, task: str) -> Finding:
     from fedgen_app.fleet.pack import fingerprint_of
 
     folder = Path(source).expanduser()
+    if closed := barred(folder):
+        return shut("backbone", folder, closed)
     if not folder.is_dir():
         return Finding(
             "backbone", False, f"{source}: no such folder", f"fedgen backbone pull URL --to {source} --key FILE"
@@ -184,15 +233,17 @@ def backbone_there(source: str, task: str) -> Finding:
 
 
 def server(address: str, ca: Path) -> Iterator[Finding]:
-    """The server's port, its certificate's days, and this machine's clock against the server's."""
+    """The server's port, days of its certificate and of this machine's ``ca``, and this clock against the server's."""
     try:
-        days = server_days_left(address, ca)
+        days, own = days_left(address, ca)
     except FedgenError as error:
         yield Finding(
             "server", False, str(error), "is the server up, its port open, and this ca.crt of the same fleet?"
         )
         return
     yield Finding("server", days >= LEAST_DAYS, f"{address} answers, {days} days left", "fedgen provision ... --renew")
+    fix = f"fedgen provision ... --renew where it has not been done, then install its ca.crt here as {ca}"
+    yield Finding("authority", own >= LEAST_DAYS, f"{ca}: {own} days left", fix)
     yield clock(address, ca)
 
 
@@ -215,7 +266,9 @@ def clock(address: str, ca: Path) -> Finding:
 def data_there(source: str) -> Finding:
     """Whether the device's data can be read."""
     place = Path(source)
-    readable = place.exists() and os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0))
+    if closed := barred(place):
+        return shut("data", place, closed)
+    readable = place.exists() and allowed(place, os.R_OK | (os.X_OK if place.is_dir() else 0))
     detail = "can be read" if readable else "cannot be read by this user, or is not there"
     return Finding(
         "data", readable, f"{source}: {detail}", f"let the group of the user read it: chmod -R g+rX {source}"
@@ -225,14 +278,18 @@ def data_there(source: str) -> Finding:
 def device(node: Mapping[str, Any], address: str, ca: Path | None, settings: Settings) -> Iterator[Finding]:
     """All findings of a device."""
     yield from versions(simulation=False)
-    yield from hardware()
+    gpu_computes = True
+    for finding in hardware():
+        yield finding
+        gpu_computes &= finding.ok
     source = str(node.get("backbone", ""))
     yield disk(Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser())
     if not broken()[0]:
         there = backbone_there(source, settings.task)
         yield there
         if there.ok:
-            yield memory(node, settings)
+            yield memory(node, settings, gpu_computes)
+    yield from limits()
     if "data" in node:
         yield data_there(str(node["data"]))
     try:

@@ -28,6 +28,7 @@ MANIFEST, SIGNATURE, CHUNKS = "manifest.json", "manifest.sig", "chunks"
 # Nothing that is executed or unpickled when it is loaded: weights, configurations, vocabularies, the card.
 SUFFIXES = frozenset((".safetensors", ".json", ".txt", ".model", ".md", ".jinja"))
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 DEPTH = 4
 LARGEST_MANIFEST = 16 * 1024**2
 # What is signed begins with this, so that no other thing signed with the same key passes for a manifest.
@@ -72,7 +73,7 @@ class Manifest(_Entry):
     """
 
     version: Literal[1]
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    name: Annotated[str, Field(pattern=NAME)]
     task: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")]
     fingerprint: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
     chunk_bytes: Annotated[int, Field(ge=4096, le=64 * 1024**2)]
@@ -129,16 +130,13 @@ def private_key(file: Path) -> Ed25519PrivateKey:
     """The key in a PEM file; where there is none, a new one, with its public half beside it as ``<file>.pub``.
 
     Raises:
-        SettingsError: the file holds something else.
+        SettingsError: the file holds something else, or cannot be written.
     """
-    if not file.exists():
-        new = Ed25519PrivateKey.generate()
-        encoding, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-        write_atomic(file, new.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain))
-        public = new.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
-        write_atomic(public_file(file), public)
-        public_file(file).chmod(0o644)
-        return new
+    try:
+        if not file.exists():
+            return _new_key(file)
+    except OSError as error:
+        raise SettingsError(f"--key {file}: no key can be written there: {error.strerror}") from None
     try:
         key = serialization.load_pem_private_key(file.read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -146,6 +144,16 @@ def private_key(file: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise SettingsError(f"--key {file}: is a {type(key).__name__}, should be Ed25519")
     return key
+
+
+def _new_key(file: Path) -> Ed25519PrivateKey:
+    new = Ed25519PrivateKey.generate()
+    encoding, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    write_atomic(file, new.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain))
+    public = new.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+    write_atomic(public_file(file), public)
+    public_file(file).chmod(0o644)
+    return new
 
 
 def public_file(file: Path) -> Path:

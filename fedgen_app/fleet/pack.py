@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from fedgen_app.errors import SettingsError
 from fedgen_app.files import folder_atomic, write_atomic
 from fedgen_app.fleet import manifest
-from fedgen_app.fleet.manifest import CHUNKS, MANIFEST, SIGNATURE, Manifest, PackedFile
+from fedgen_app.fleet.manifest import CHUNKS, LARGEST_MANIFEST, MANIFEST, SIGNATURE, Manifest, PackedFile
 
 CHUNK_BYTES = 1024**2  # 16 s at 64 kB/s: what a cut costs where the server cannot send a part of a file
 
@@ -58,7 +63,9 @@ def pack(folder: Path, output: Path, key_file: Path, task: str, chunk_bytes: int
         raise SettingsError(f"--output {output}: is there and no packed backbone; name another folder")
     paths = sorted(str(path.relative_to(source).as_posix()) for path in source.rglob("*") if path.is_file())
     reasons = {path: manifest.objection(path) for path in paths}
-    key, marks = manifest.private_key(key_file), fingerprint_of(source, task)
+    marks = fingerprint_of(source, task)
+    _check(folder, {path: (source / path).stat().st_size for path in paths if not reasons[path]}, task, chunk_bytes)
+    key = manifest.private_key(key_file)  # last: where there is none, it is made
     try:
         with folder_atomic(target) as building:
             (building / CHUNKS).mkdir()
@@ -73,6 +80,28 @@ def pack(folder: Path, output: Path, key_file: Path, task: str, chunk_bytes: int
     except OSError as error:
         raise SettingsError(f"{error.filename or output}: {error.strerror}") from None
     return Packed(made, tuple((path, reason) for path, reason in reasons.items() if reason))
+
+
+def _check(folder: Path, sizes: Mapping[str, int], task: str, chunk_bytes: int) -> None:
+    """Whether a manifest can be made that `pull` takes: with made-up digests, as all are of one length."""
+    name = folder.resolve().name
+    if not re.fullmatch(manifest.NAME, name):
+        raise SettingsError(f"{folder}: its name {name!r} should be letters, digits and . _ - only; rename the folder")
+    zeros = "0" * 64
+    counts = {path: math.ceil(size / chunk_bytes) for path, size in sizes.items()}
+    too_long = f"--chunk-size: chunks of {chunk_bytes} bytes make a manifest of more than "
+    too_long += f"{LARGEST_MANIFEST // 1024**2} MiB, which no device takes; take larger ones"
+    if sum(counts.values()) * len(zeros) > LARGEST_MANIFEST:
+        raise SettingsError(too_long)
+    try:
+        files = tuple(PackedFile(path=path, bytes=sizes[path], chunks=(zeros,) * counts[path]) for path in sizes)
+        marks = f"sha256:{zeros}"
+        made = Manifest(version=1, name=name, task=task, fingerprint=marks, chunk_bytes=chunk_bytes, files=files)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SettingsError(f"{folder}: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+    if len(made.to_bytes()) > LARGEST_MANIFEST:
+        raise SettingsError(too_long)
 
 
 def _cut(source: Path, path: str, chunks: Path, chunk_bytes: int) -> PackedFile:

@@ -138,7 +138,11 @@ def find(source: str, revision: str, task: Task, weights: bool = True) -> Path:
         return fedgen_assets.path(task.bundled_backbone)
     if looks_like_path(source):
         folder = Path(source).expanduser().resolve()
-        if not folder.is_dir():
+        try:
+            there = folder.is_dir()
+        except PermissionError:
+            raise BackboneError(f"backbone = {source!r}: this user may not enter a folder on the way to it") from None
+        if not there:
             raise BackboneError(f"backbone = {source!r}: no such folder")
         return folder
     from huggingface_hub import snapshot_download
