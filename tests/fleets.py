@@ -277,6 +277,11 @@ def record(case: str, happened: str, seconds: float, lost: str = "nothing") -> N
         (Path(folder) / f"{name}.json").write_text(json.dumps(entry) + "\n", encoding="utf-8")
 
 
+def lost(count: int) -> str:
+    """What a row of the report says of so many replies that were not admitted."""
+    return {0: "nothing", 1: "one reply"}.get(count, f"{count} replies")
+
+
 def rejected(found: dict[str, object], client: str) -> list[tuple[int, str]]:
     """Rounds that a client was chosen for and not admitted to, and why."""
     rounds = found["rounds"]

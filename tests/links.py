@@ -18,6 +18,7 @@ class Link:
     def __init__(self, target: int, rate: int, cut_after: int, cuts: int) -> None:
         self.target, self.rate, self.cut_after, self.left = target, rate, cut_after, cuts
         self.passed, self.since_cut, self.cuts = 0, 0, 0
+        self.last_cut = 0.0  # seconds since 1970
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -79,6 +80,7 @@ class Link:
             due = self.left > 0 and self.since_cut > self.cut_after
             if due:
                 self.left, self.since_cut, self.cuts = self.left - 1, 0, self.cuts + 1
+                self.last_cut = time.time()
         if due:
             self._cut()
 

@@ -79,8 +79,8 @@ class Node:
         self.server.should_exit = True
         self.thread.join()
 
-    def put(self, fab: Fab, name: str = "echo") -> int:
-        """One message for the app; the run's id."""
+    def put(self, fab: Fab, name: str = "echo", ttl: float | None = None) -> int:
+        """One message for the app, valid for so many seconds; the run's id."""
         self.runs += 1
         run = Run.create_empty(self.runs)
         run.fab_id, run.fab_version, run.fab_hash, run.series_id = f"tests/{name}", "1.0.0", fab.hash_str, self.runs
@@ -88,7 +88,7 @@ class Node:
         self.state.store_fab(fab)
         context = Context(self.runs, NODE, {}, RecordDict(), {}, series_id=self.runs)
         self.state.set_run_series_context(self.runs, context)
-        message = Message(RecordDict({"config": ConfigRecord({})}), NODE, "query")
+        message = Message(RecordDict({"config": ConfigRecord({})}), NODE, "query", ttl=ttl)
         message.metadata.__dict__["_run_id"] = self.runs
         message.metadata.__dict__["_message_id"] = message.object_id
         tree, nested = get_object_tree(message), get_all_nested_objects(message)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-import httpx
 import pytest
 from flwr.app import Error, Message, RecordDict
 from grids import UncalledParts
@@ -170,45 +169,6 @@ def test_messages_that_the_superlink_refuses_end_the_run() -> None:
 
     with pytest.raises(RunError, match="did not take 2 messages"):
         collect(Full({1: 0.0, 2: 0.0}), questions(1, 2), Patience(1))
-
-
-class BrokenGrid(ScriptedGrid):
-    """Raises for every batch that one id is in."""
-
-    fault: Exception = ValueError("Invalid object")
-    broken = "question-2"
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        wanted = list(message_ids)
-        if self.broken in wanted:
-            raise self.fault
-        return super().pull_messages(wanted)
-
-
-@pytest.mark.parametrize("fault", [ValueError("x"), KeyError("x"), AssertionError(), MemoryError(), RecursionError()])
-def test_a_reply_that_cannot_be_read_costs_the_others_nothing(fault: Exception) -> None:
-    grid = BrokenGrid({1: 0.0, 2: 0.0, 3: 0.2})
-    grid.fault = fault
-    replies, seconds = timed(grid, [1, 2, 3], Patience(60))
-    assert set(replies.messages) == {1, 3} and replies.unreadable == {2}
-    assert seconds < 0.2 + SLACK
-
-
-@pytest.mark.parametrize("broken", ["question-1", "question-2"])
-def test_a_network_that_is_down_is_nobodys_fault(broken: str) -> None:
-    class Down(BrokenGrid):
-        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            wanted = list(message_ids)
-            if wanted == [broken]:  # the network goes while the batch is pulled one by one
-                raise httpx.ConnectError("connection refused")
-            return super().pull_messages(wanted)
-
-    with pytest.raises(httpx.ConnectError):
-        collect(Down({1: 0.0, 2: 0.0}), questions(1, 2), Patience(5))
-    grid = BrokenGrid({1: 0.0, 2: 0.0})
-    grid.fault = httpx.ConnectError("connection refused")
-    with pytest.raises(httpx.ConnectError):
-        collect(grid, questions(1, 2), Patience(5))
 
 
 class ClockedGrid(ScriptedGrid):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse, PullTaskInputRequest
 from helpers import FEDGEN, ROOT, command
 from nodes import Node, bundle
 
@@ -122,6 +122,29 @@ def test_a_child_that_dies_is_answered_for_at_once(worker: Running, tmp_path: Pa
         assert gone(int(mark.read_text()))
 
 
+def test_a_child_that_hangs_is_ended_once_its_message_is_too_old(worker: Running, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    hangs = f"""import subprocess, time
+below = subprocess.Popen(['sleep', '600'], start_new_session=True).pid
+open({str(mark)!r}, 'w').write(f'{{os.getpid()}} {{below}}')
+time.sleep(600)"""
+    worker.said("no SuperNode at")
+    with worker.node() as node:
+        began = time.monotonic()
+        reply = node.reply(node.put(bundle(body=hangs), ttl=8.0), 40)
+        assert time.monotonic() - began > 7 and reply.has_error() and reply.error.code == 8
+        assert all(gone(int(pid)) for pid in mark.read_text().split())
+        assert node.reply(node.put(bundle(body=hangs), ttl=0.1)).error.code == 8  # it came too late to be tried
+        node.numbers(node.reply(node.put(bundle())))
+    worker.said("its message is valid no longer")
+
+
+def test_a_header_that_is_none_is_named() -> None:
+    for pulled in (b"x", b"", PullAppMessagesResponse(messages_list=[{}]).SerializeToString()):
+        with pytest.raises(ValueError, match="message"):
+            flower_task.expiry(pulled)
+
+
 @pytest.mark.parametrize("fetched", [(), ("PullTaskInput",), ("PullTaskInput", "PullMessages")])
 def test_whatever_a_dead_process_had_fetched_its_task_is_answered_for(fetched: tuple[str, ...]) -> None:
     with Node(free_port(), SECRET) as node:
@@ -152,6 +175,10 @@ HOSTILE = {
     "answers with nonsense": {"body": "return 'nonsense'"},
     "leaves a process behind": {
         "body": "import subprocess; subprocess.Popen(['sleep', '987'], start_new_session=True)"
+    },
+    "says that it has another message": {
+        "body": "import contextlib\nfor fd in range(3, 64):\n    with contextlib.suppress(OSError):\n"
+        '        os.write(fd, b\'{"what": "message", "header": "ff"}\')\nos.kill(os.getpid(), 9)',
     },
     "writes into the channel": {
         "body": "import contextlib\nfor fd in range(3, 64):\n    with contextlib.suppress(OSError):\n"

@@ -5,22 +5,21 @@ Flower's own ``send_and_receive`` polls every 3 s and waits for all; a fleet nee
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedgen_app.errors import RunError
+from fedgen_app.federation.uploads import Uploads
 
 # A message stays valid a little longer than anyone waits for it, and then it is gone from the SuperLink too.
 TTL_MARGIN = 60.0
 POLL_SECONDS = (0.02, 0.5)
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ def collect(
 
     Raises:
         RunError: the SuperLink refuses the messages.
+        httpx.HTTPError: it is gone.
     """
     outgoing = list(messages)
     waiting: dict[str, int] = {}
@@ -74,9 +74,10 @@ def collect(
     # A grid that runs the clients itself, one after the other, stops its clock while they work.
     now = getattr(grid, "clock", time.monotonic)
     end = now() + patience.deadline
+    pull = _puller(grid)
     pause, quorum_reached = POLL_SECONDS[0], False
     while waiting and now() < end:
-        arrived, broken = _pull(grid, list(waiting))
+        arrived, broken = pull(list(waiting))
         for identifier in broken:
             result.unreadable.add(waiting.pop(identifier))
         for message in arrived:
@@ -93,28 +94,12 @@ def collect(
     return result
 
 
-def _pull(grid: Grid, identifiers: list[str]) -> tuple[list[Message], list[str]]:
-    """The replies that are there, and the ids of those that Flower cannot put together.
+def _puller(grid: Grid) -> Callable[[list[str]], tuple[list[Message], list[str]]]:
+    """How the replies to some ids are pulled: those that are there, and the ids of those that cannot be put together.
 
-    One hostile reply makes Flower raise for the whole batch, with whatever its bytes provoke; the others are then
-    pulled one by one. A network that is down is no client's fault and goes through.
+    A SuperLink hands out replies that a device is still sending; the other grids have whole ones alone.
     """
-    try:
-        return list(grid.pull_messages(identifiers)), []
-    except httpx.HTTPError:
-        raise
-    except Exception:
-        messages: list[Message] = []
-        broken: list[str] = []
-        for identifier in identifiers:
-            try:
-                messages += grid.pull_messages([identifier])
-            except httpx.HTTPError:
-                raise
-            except Exception as error:
-                log.warning("a reply cannot be read: %s", type(error).__name__)
-                broken.append(identifier)
-        return messages, broken
+    return Uploads(grid).pull if isinstance(grid, HttpGrid) else lambda wanted: (list(grid.pull_messages(wanted)), [])
 
 
 def _take(message: Message, waiting: dict[str, int], result: Replies) -> None:

@@ -43,6 +43,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
+from google.protobuf.message import DecodeError
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 TIMEOUT = 10.0  # seconds for one answer over loopback
@@ -152,6 +153,22 @@ def _header(pulled: PullAppMessagesResponse) -> Message:
     message = message_from_proto(pulled.messages_list[0])
     message.metadata.__dict__["_message_id"] = pulled.message_object_trees[0].object_id
     return message
+
+
+def expiry(pulled: bytes) -> float:
+    """When nobody waits for the answer any more, in seconds since 1970.
+
+    Args:
+        pulled: The message's header, as ``carry_out`` passes it on.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        metadata = _header(PullAppMessagesResponse.FromString(pulled)).metadata
+    except (DecodeError, IndexError) as error:
+        raise ValueError("not the header of a message") from error
+    return metadata.created_at + metadata.ttl
 
 
 def _inflated(client: RuntimeHttpClient, pulled: PullAppMessagesResponse, context: Context) -> Message:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import signal
@@ -53,9 +54,14 @@ class Warm:
 
 @dataclass
 class Progress:
-    """What is known of the running task."""
+    """What is known of the running task.
+
+    Attributes:
+        until: When its message is too old to be answered, in seconds since 1970.
+    """
 
     header: bytes | None = None
+    until: float = math.inf
     folder: str = ""
     facts: dict[str, Any] | None = None
     answered: bool = False
@@ -172,17 +178,25 @@ class Worker:
         return status
 
     def _follow(self, warm: Warm, task: Task, progress: Progress) -> int | None:
-        """Hand over a task and take note of what is told of it.
+        """Hand over a task and take note of what is told of it; end a child that hangs once nobody waits for it.
 
         Returns:
             The child's exit status; None: it was given up, or the warm process ended.
         """
+        from fedgen_app.fleet.flower_task import expiry
         from fedgen_app.fleet.zygote import receive, send
 
         send(warm.channel, "task", number=task.number, bundle=task.bundle, token=task.token)
-        unseen = 0.0
+        unseen, ending = 0.0, False
         while not self.stopping:
-            if not self._wait(LOOK, warm.channel):
+            spoke = self._wait(min(LOOK, max(0.0, progress.until - time.time())), warm.channel)
+            if time.time() >= progress.until:
+                if ending:
+                    return None
+                log.error("task %d is ended: its message is valid no longer", task.number)
+                kernel.end_descendants(spared=warm.pid)
+                ending, progress.until = True, time.time() + LOOK  # so long has the warm process to tell of it
+            if not spoke:
                 unseen = 0.0 if _listens(self.address) else unseen + LOOK
                 if unseen > 30.0:
                     log.warning("the SuperNode is gone: task %d is given up", task.number)
@@ -192,8 +206,9 @@ class Worker:
             told = receive(warm.channel)
             if told is None:
                 return None
-            if told["what"] == "message":
-                progress.header = bytes.fromhex(told["header"])
+            if told["what"] == "message" and progress.header is None:  # what comes later is the app's
+                header = bytes.fromhex(told["header"])
+                progress.until, progress.header = expiry(header), header
             elif told["what"] == "answered":
                 progress.answered = True
             elif told["what"] == "facts":
