@@ -112,6 +112,8 @@ class FedLora(Strategy):
             rank=self.lora.rank if self.method.weights == "adapter" else None,
             held=self.roster.held(),
         )
+        for text in self.hierarchy.cautions():
+            self.report("warning", text=text)
 
     def start(
         self,
@@ -230,9 +232,10 @@ class FedLora(Strategy):
         ]
         if not present:
             raise RunError(f"no connected client belongs to a cluster in round {server_round}")
-        fraction = 1.0 if placement.asks_everyone(server_round, self.hierarchy.groups) else s.fraction_train
+        everyone = placement.asks_everyone(server_round, self.hierarchy.groups)
+        fraction = 1.0 if everyone else s.fraction_train
         chosen = self.roster.choose(present, fraction, s.seed, server_round, s.selection)
-        deadline = s.round.deadline
+        deadline = self._time_for_all(len(present)) if everyone else s.round.deadline
         if self.method.pooled:
             return self.address(server_round, chosen[:1], TRAIN, deadline * len(chosen), self._steps(chosen))
         return self.address(server_round, chosen, TRAIN, deadline)
@@ -357,12 +360,23 @@ class FedLora(Strategy):
                 f"no client answered in round {number} within {self.settings.round.deadline:g} s (round.deadline)"
             )
         recent = self.history[-FUTILE_ROUNDS:]
-        if len(recent) == FUTILE_ROUNDS and not any(entry["clients"] for entry in recent):
+        if len(recent) < FUTILE_ROUNDS:
+            return
+        if not any(entry["clients"] for entry in recent):
             reasons = sorted({r["reason"] for entry in recent for r in entry["rejected"]})
             raise RunError(
                 f"no usable reply in {FUTILE_ROUNDS} rounds in a row, reasons: {', '.join(reasons)}; the clients' own "
                 "logs say why"
             )
+        stayed = [[part.get("skipped") for part in entry.get("clusters", ())] for entry in recent]
+        if all(reasons and all(reasons) for reasons in stayed):
+            why = "; ".join(sorted({reason for reasons in stayed for reason in reasons}))
+            raise RunError(f"every cluster stayed as it was in {FUTILE_ROUNDS} rounds in a row, reasons: {why}")
+
+    def _time_for_all(self, present: int) -> float:
+        """Seconds to wait where all clients are asked: more than in a round queue for the same machines."""
+        per_round = chosen_count(present, self.settings.fraction_train)
+        return self.settings.round.deadline * math.ceil(present / per_round)
 
     def personalise(
         self, grid: Grid, metrics: Mapping[str, tuple[str, ...]]
@@ -377,9 +391,7 @@ class FedLora(Strategy):
         """
         number = self.settings.num_server_rounds + 1
         present = self._wait_for_clients(grid, number)
-        # More clients than in a round queue for the same machines.
-        per_round = chosen_count(len(present), self.settings.fraction_train)
-        deadline = self.settings.round.deadline * math.ceil(len(present) / per_round)
+        deadline = self._time_for_all(len(present))
         messages = self.address(number, present, PERSONALISE, deadline)
         names = dict(self._nodes)
         replies = collect(grid, messages, Patience(deadline), self._progress("personalisation"))
