@@ -17,6 +17,8 @@ from fedgen_app.federation.hierarchy import Hierarchy
 from fedgen_app.federation.method import ClientId, GlobalState, Lora, Method, Update
 from fedgen_app.federation.placement import Placement, Seen, products_of_b
 from fedgen_app.federation.roster import Member, Requirement, Roster
+from fedgen_app.federation.strategy import averaged_in
+from fedgen_app.federation.summary import clusters_of
 from fedgen_app.learning.adapters import Adapter
 from fedgen_app.settings import Settings, Value, defaults
 
@@ -109,8 +111,32 @@ def test_who_has_a_place_is_not_told_to_have_none() -> None:
 
 
 def test_without_any_requirement_there_are_no_clusters() -> None:
+    there = Where("prompts", [member(0), member(1)])
+    there.roster.simulated = 2
     with pytest.raises(RunError, match="no client sent an encoded requirement"):
-        Where("prompts", [member(0), member(1)]).placement.before(1, nobody_yet())
+        there.placement.before(1, nobody_yet())
+
+
+def test_devices_without_any_requirement_wait_for_others() -> None:
+    there = Where("prompts", [member(8), member(9)], noise=0.1)
+    groups = there.placement.before(1, nobody_yet())
+    assert not groups.clustered and not there.placement.takes_part(groups, 8)
+    assert set(there.unplaced) == {8, 9} and "prompts.txt" in there.unplaced[8] and not there.told("noise")
+    there.here(member(8), *FOUR)
+    assert there.placement.before(1, groups).where == {0: 0, 1: 0, 2: 1, 3: 1}
+
+
+def test_who_came_to_a_place_is_not_left_among_those_without() -> None:
+    there = Where("prompts", FOUR)
+    groups = there.placement.before(1, nobody_yet())
+    aside = [{"client": 1, "reason": "late"}, {"client": 9, "reason": "other"}]
+    assert clusters_of(groups, [], there.placement.settings, aside, {})["clustering"]["unplaced"] == aside[1:]
+
+
+def test_a_reply_that_placed_a_newcomer_alone_does_not_count_as_averaged() -> None:
+    parts = [{"cluster": 0, "clients": [0, 1]}, {"cluster": 1, "clients": [2], "skipped": "too few"}]
+    assert averaged_in({"clients": [0, 1, 2, 7], "clusters": parts}) == [0, 1]
+    assert averaged_in({"clients": [0, 1]}) == [0, 1]
 
 
 def seen(clients: list[ClientId], rows: list[list[float]]) -> Seen:

@@ -100,6 +100,8 @@ class Placement:
 
     def _by_prompts(self, number: int, groups: Groups, again: bool) -> Groups:
         (vectors, space), wanted = self._vectors(groups), self.settings.clusters
+        if not vectors and not groups.clustered:
+            return groups
         if not groups.clustered and wanted.noise:
             spent = epsilon(wanted.noise, wanted.delta)
             self._report("noise", sigma=wanted.noise, epsilon=spent, delta=wanted.delta)
@@ -122,15 +124,16 @@ class Placement:
         mark should tell the width as well (``requirement.space_of``), but it is the client that says so.
 
         Raises:
-            RunError: nobody sent one, and there are no clusters yet.
+            RunError: in a simulation nobody sent one, and there are no clusters yet; of devices others may come.
         """
         members = self.roster.members
         sent = {client: m.requirement for client, m in members.items() if m.requirement is not None}
         if not sent and not groups.space:
-            raise RunError(
-                "clusters.by = 'prompts': no client sent an encoded requirement; a device needs prompts.txt in its "
-                "data folder, or prompts in its node config"
-            )
+            if self.roster.simulated:
+                raise RunError("clusters.by = 'prompts': no client sent an encoded requirement")
+            for client in in_order(members):
+                self._leave_aside(client, f"{members[client].unplaced} (prompts.txt, or prompts in its node config)")
+            return {}, ""
         found = {client: (requirement.space, len(requirement.vector)) for client, requirement in sent.items()}
         if groups.space:
             space, width = groups.space, len(next(iter(groups.centroids.values())))

@@ -39,6 +39,13 @@ Evaluate = Callable[[int, ArrayRecord], Mapping[str, Any] | None]
 Save = Callable[[int, Groups, list[dict[str, Any]]], None]
 
 
+def averaged_in(entry: Mapping[str, Any]) -> list[ClientId]:
+    """Whose replies a round's entry says to be in the server's tensors: not those that only placed a newcomer."""
+    if "clusters" not in entry:
+        return list(entry["clients"])
+    return [client for part in entry["clusters"] if "skipped" not in part for client in part["clients"]]
+
+
 @dataclass
 class Outcome:
     """What became of the clients chosen in one exchange.
@@ -222,16 +229,10 @@ class FedLora(Strategy):
         """Choose clients and address each its own message.
 
         Raises:
-            RunError: no client is connected.
+            RunError: no client is connected, or none that belongs to a cluster.
         """
         s, placement = self.settings, self.hierarchy.placement
-        present = [
-            client
-            for client in self._wait_for_clients(grid, server_round)
-            if placement.takes_part(self.hierarchy.groups, client)
-        ]
-        if not present:
-            raise RunError(f"no connected client belongs to a cluster in round {server_round}")
+        present = self._wait_for_clients(grid, server_round, to_train=True)
         everyone = placement.asks_everyone(server_round, self.hierarchy.groups)
         fraction = 1.0 if everyone else s.fraction_train
         chosen = self.roster.choose(present, fraction, s.seed, server_round, s.selection)
@@ -245,14 +246,31 @@ class FedLora(Strategy):
         plan = round_plan(self.settings, 1, 0, torch.float32)
         return sum(planned_steps(self.roster.members[client].num_examples, plan) for client in clients)
 
-    def _wait_for_clients(self, grid: Grid, number: int) -> list[ClientId]:
+    def _wait_for_clients(self, grid: Grid, number: int, to_train: bool = False) -> list[ClientId]:
+        """The clients that are there, or will be within ``round.roll-call`` seconds.
+
+        Args:
+            to_train: Only those that train: by prompts and by truth they need a cluster.
+
+        Raises:
+            RunError: nobody is.
+        """
         end = time.monotonic() + self.settings.round.roll_call
-        while not (present := self.roster.present(grid)):
+        while not (present := self._present(grid, to_train)):
             if time.monotonic() >= end:
-                raise RunError(f"no client is connected in round {number} (waited {self.settings.round.roll_call:g} s)")
+                lacking = "is connected" if not self.roster.present(grid) else "that is connected belongs to a cluster"
+                waited = f"(waited {self.settings.round.roll_call:g} s)"
+                raise RunError(f"no client {lacking} in round {number} {waited}")
             time.sleep(0.5)
+            known = {member.node for member in self.roster.members.values()}
             self.roster.ask_newcomers(grid, self.settings.round.roll_call)
+            if to_train and {member.node for member in self.roster.members.values()} != known:
+                self.hierarchy.prepare(number)
         return present
+
+    def _present(self, grid: Grid, to_train: bool) -> list[ClientId]:
+        groups, takes_part = self.hierarchy.groups, self.hierarchy.placement.takes_part
+        return [client for client in self.roster.present(grid) if not to_train or takes_part(groups, client)]
 
     def address(
         self, number: int, clients: list[ClientId], kind: str, deadline: float, steps: int = 0
@@ -260,7 +278,7 @@ class FedLora(Strategy):
         """One message per client with a record of its own."""
         config: dict[str, int | float | str] = {wire.ROUND: number, wire.RUN: self.run_name, wire.STEPS: steps}
         self._nodes = {self.roster.members[client].node: client for client in clients}
-        averaged = {client: entry["round"] for entry in self.history for client in entry["clients"]}  # the last wins
+        averaged = {client: entry["round"] for entry in self.history for client in averaged_in(entry)}  # the last wins
         messages = [
             Message(
                 wire.instruction(
