@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Message
@@ -20,6 +21,7 @@ from helpers import (
     tiny_config,
     tiny_data,
     tiny_model,
+    tiny_settings,
     without_times,
     workspace,
     write_records,
@@ -29,7 +31,11 @@ from safetensors.torch import load_file
 
 from fedgen_app.engines import in_process
 from fedgen_app.engines.in_process import InProcessGrid
+from fedgen_app.errors import RunError
+from fedgen_app.federation.exchange import TTL_MARGIN
 from fedgen_app.federation.roster import ROLL_CALL
+from fedgen_app.federation.session import Session
+from fedgen_app.runs.folder import RunFolder
 from fedgen_app.settings import Value
 
 CLIENTS = 6
@@ -37,8 +43,8 @@ TRUTH = [0, 1, 2, 0, 1, 2]  # labels in turn
 SPLIT: dict[str, Value] = {"partition__by": "single-label", "samples__count": 0}
 THREE: dict[str, Value] = {**SPLIT, "clusters__by": "prompts", "clusters__choose": "count", "clusters__count": 3}
 AVERAGING = ["fedgen-edge", "ffa-lora", "fedsa-lora", "rolora", "flora", "fedex-lora", "flexlora", "hetlora"]
-AVERAGING += ["fedsvd", "fedrot-lora", "fedprox", "scaffold", "fedavgm", "fedadam", "ditto", "apfl", "fedper"]
-AVERAGING += ["fedavg-full"]
+AVERAGING += ["fedsvd", "fedrot-lora", "fedprox", "scaffold", "fedavgm", "fedadam", "fedyogi", "ditto", "apfl"]
+AVERAGING += ["fedper", "fedavg-full"]
 
 
 def config(output: Path, **changes: Value) -> dict[str, Value]:
@@ -274,6 +280,9 @@ def test_reclustering_keeps_identities_and_states(tmp_path: Path) -> None:
         ({"method": "centralized", "clusters.by": "oracle"}, "one client, which owns all data"),
         ({"method": "local-only", "clusters.by": "prompts"}, "nothing to average in a cluster"),
         ({"method": "flora", "clusters.by": "adapters", "lora.ranks": "2,8"}, "take 'updates'"),
+        ({"method": "fedsa-lora", "clusters.by": "updates"}, "sends no factor B"),
+        ({"clusters.by": "updates", "clusters.warmup": "4", "num-server-rounds": "3"}, "use 3 or less"),
+        ({"clusters.by": "loss", "clusters.warmup": "3", "num-server-rounds": "3"}, "where chance dealt them"),
         ({"clusters.by": "prompts", "clusters.key": "/nowhere"}, "clusters.key = '/nowhere': no such file"),
         ({"clusters.encoder": "./nowhere"}, "clusters.encoder"),
     ],
@@ -286,9 +295,79 @@ def test_what_cannot_work_is_refused_before_the_start(changes: dict[str, str], t
     assert not output.exists()
 
 
-def test_factors_that_never_leave_a_client_tell_nothing(tmp_path: Path) -> None:
-    ended = command(*run_arguments(tmp_path / "run", 3, method="fedsa-lora", clusters__by="updates"))
-    assert ended.status == 3 and "does not tell them apart" in ended.err
+def test_a_robust_rule_works_in_the_clusters_that_have_enough_members(tmp_path: Path) -> None:
+    found = federate(config(tmp_path / "run", aggregation__robust="norm-bound"), 8)  # three, three and two
+    assert found["status"] == "completed" and [len(entry["clients"]) for entry in found["clusters"]] == [3, 3, 2]
+    for entry in found["rounds"]:
+        assert ["skipped" in part for part in entry["clusters"]] == [False, False, True]
+        assert "needs 2f + 1 = 3" in entry["clusters"][2]["skipped"]
+    for entry in found["clusters"][:2]:
+        assert entry["metrics"]["word_perplexity"] < 0.995 * entry["frozen"]["word_perplexity"]
+    told = [event["cluster"] for event in events(tmp_path / "run") if event["event"] == "too-few"]
+    assert told == [2]
+
+
+def test_with_clusters_that_are_all_too_small_for_the_robust_rule_nothing_is_trained(tmp_path: Path) -> None:
+    run_config = config(tmp_path / "run", aggregation__robust="krum")
+    grid = RecordingGrid(run_config, CLIENTS)
+    with pytest.raises(RunError, match=r"no cluster has enough members: aggregation.robust = 'krum' needs 2f \+ 3 = 5"):
+        federate(run_config, CLIENTS, grid)
+    assert results(tmp_path / "run")["rounds"] == []
+    assert {message.metadata.message_type for message in grid.sent} == {ROLL_CALL}
+
+
+class Spoiling(InProcessGrid):
+    """What client 0 trains cannot be read."""
+
+    def deliver(self, message: Message) -> Message:
+        reply = super().deliver(message)
+        if message.metadata.dst_node_id == 1 and message.metadata.message_type == "train":
+            del reply.content["arrays"]
+        return reply
+
+
+def test_rounds_in_which_every_cluster_stays_end_the_run(tmp_path: Path) -> None:
+    run_config = config(tmp_path / "run", aggregation__robust="norm-bound", num_server_rounds=6)
+    grid = Spoiling(in_process.load_apps(Path(__file__).parents[1])[1], run_config, 7)  # three, two and two
+    with pytest.raises(RunError, match="every cluster stayed as it was in 3 rounds in a row, reasons: aggregation"):
+        federate(run_config, 7, grid)
+    assert [len(entry["clients"]) for entry in results(tmp_path / "run")["rounds"]] == [6, 6, 6]
+
+
+def test_rounds_that_ask_everyone_have_the_time_for_it(tmp_path: Path) -> None:
+    grid, found = recorded(config(tmp_path / "run", clusters__by="updates", fraction_train=0.5))
+    assert [len(entry["clients"]) for entry in found["rounds"]] == [6, 3, 3]
+    times = [message.metadata.ttl for message in grid.sent if message.metadata.message_type == "train"]
+    assert set(times[:6]) == {1200 + TTL_MARGIN} and set(times[6:]) == {600 + TTL_MARGIN}
+
+
+class Away(Forgetful):
+    """After round 1 client 0, which has no requirement, is alone for a while."""
+
+    trained, looks = 0, 0
+
+    def deliver(self, message: Message) -> Message:
+        self.trained += message.metadata.message_type == "train"
+        return super().deliver(message)
+
+    def get_node_ids(self) -> list[int]:
+        if self.trained < CLIENTS - 1:
+            return list(self.contexts)
+        self.looks += 1
+        return [1] if self.looks < 6 else list(self.contexts)
+
+
+def test_where_only_clients_without_a_cluster_are_there_the_others_are_waited_for(tmp_path: Path) -> None:
+    run_config = config(tmp_path / "run", num_server_rounds=2, round__roll_call=30.0)
+    grid = Away(in_process.load_apps(Path(__file__).parents[1])[1], run_config, CLIENTS)
+    found = federate(run_config, CLIENTS, grid)
+    assert [entry["clients"] for entry in found["rounds"]] == [[1, 2, 3, 4, 5]] * 2
+
+
+def test_a_map_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "run/clusters/map.png").mkdir(parents=True)
+    with RunFolder(tmp_path / "run", 2) as folder, pytest.raises(RunError, match="cannot write .*map.png"):
+        Session(tiny_settings(), "name", folder, None).draw_clusters({0: 0, 1: 1}, [0, 1], np.eye(2))
 
 
 def test_devices_without_labels_have_no_oracle(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from synthetic import Dense, a_round, assert_alive, assert_same, best, dense, no
 from fedgen_app.federation.client import load_method
 from fedgen_app.federation.groups import Groups
 from fedgen_app.federation.method import EPOCH, GlobalState, Lora, Round
-from fedgen_app.federation.mixing import interact, with_global
+from fedgen_app.federation.mixing import bounded, interact, with_global
 from fedgen_app.settings import plugins
 
 LORA = Lora(2, 7.0)
@@ -203,3 +203,39 @@ def test_the_same_clusters_give_the_same_bits() -> None:
     for number in NUMBERS:
         for key, tensor in one.states[number].adapter.items():
             assert torch.equal(tensor, other.states[number].adapter[key])
+
+
+@pytest.mark.parametrize("residual_rank", [0, 3])
+def test_behind_a_robust_rule_no_cluster_is_longer_for_others_than_the_median(residual_rank: int) -> None:
+    before, method = groups(residual_rank), load_method("flora" if residual_rank else "fedgen-edge")
+    key = next(key for key in before.states[3].adapter if ".lora_B." in key)
+    loud = dataclasses.replace(
+        before.states[3], adapter=before.states[3].adapter | {key: 1e4 * before.states[3].adapter[key]}
+    )
+    before = dataclasses.replace(before, states={**before.states, 3: loud})
+    assert bounded(before, method, settled()) == dict.fromkeys(NUMBERS, 1.0)
+    guarded = settled(aggregation__robust="norm-bound", aggregation__norm_bound=1.5)
+    norms = {number: norm(whole(state)) for number, state in before.states.items()}
+    limit = 1.5 * sorted(norms.values())[1]
+    wanted = {number: min(1.0, limit / norms[number]) for number in NUMBERS}
+    heeded = bounded(before, method, guarded)
+    assert heeded == pytest.approx(wanted) and heeded[3] < 0.01
+    after, _ = interact(before, method, guarded)
+    others = {number: weight * (1 if number == 0 else wanted[number]) for number, weight in heard(0).items()}
+    exact = mixture(before, others)
+    if residual_rank:
+        assert_same(whole(after.states[0]), exact)
+    else:
+        assert_same(whole(after.states[0]), best(exact, LORA.rank))
+    total = sum(EXAMPLES.values())
+    mean = mixture(before, {number: EXAMPLES[number] / total * wanted[number] for number in NUMBERS})
+    assert norm(whole(with_global(before, method, guarded)[0].shared)) <= norm(mean) * (1 + 1e-5)
+
+
+def test_what_only_clusters_without_enough_members_are_does_not_bound_the_others() -> None:
+    before = groups()
+    members = {f"client-{number}": 0 if number < 3 else 3 for number in range(4)}
+    small = {key: 1e-3 * tensor for key, tensor in before.states[3].adapter.items()}
+    before = dataclasses.replace(before, where=members, states={0: before.states[0], 3: GlobalState(small)})
+    guarded = settled(aggregation__robust="norm-bound")
+    assert bounded(before, load_method("fedgen-edge"), guarded) == {0: 1.0, 3: 1.0}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from synthetic import ROOT, random_adapter
+from synthetic import ROOT, a_round, random_adapter
 
 from fedgen_app.errors import RunError
 from fedgen_app.federation.clustering import cosines
@@ -17,6 +17,8 @@ from fedgen_app.federation.hierarchy import Hierarchy
 from fedgen_app.federation.method import ClientId, GlobalState, Lora, Method, Update
 from fedgen_app.federation.placement import Placement, Seen, products_of_b
 from fedgen_app.federation.roster import Member, Requirement, Roster
+from fedgen_app.federation.strategy import averaged_in
+from fedgen_app.federation.summary import clusters_of
 from fedgen_app.learning.adapters import Adapter
 from fedgen_app.settings import Settings, Value, defaults
 
@@ -33,11 +35,20 @@ def member(client: ClientId, numbers: list[float] | None = None, space: str = OU
 class Where:
     """A placement with the events that it reports."""
 
-    def __init__(self, by: str, members: list[Member], truth: dict[ClientId, str] | None = None, **changes: Value):
+    def __init__(
+        self,
+        by: str,
+        members: list[Member],
+        truth: dict[ClientId, str] | None = None,
+        robust: str = "none",
+        **changes: Value,
+    ):
         self.events: list[dict[str, Any]] = []
         wanted = {"clusters." + key.replace("_", "-"): value for key, value in changes.items()}
         settings = Settings.from_run_config(
-            defaults(ROOT) | {"clusters.by": by, "clusters.choose": "count", "clusters.count": 2, **wanted}
+            defaults(ROOT)
+            | {"clusters.by": by, "clusters.choose": "count", "clusters.count": 2, "aggregation.robust": robust}
+            | wanted
         )
         self.roster = Roster("sha256:ours", 0, 1.0, self.report, 0)
         self.here(*members)
@@ -49,6 +60,10 @@ class Where:
 
     def report(self, kind: str, **fields: Any) -> None:
         self.events.append({"event": kind, **fields})
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind, without that name."""
+        return [{k: v for k, v in event.items() if k != "event"} for event in self.events if event["event"] == kind]
 
     @property
     def unplaced(self) -> dict[ClientId, str]:
@@ -96,8 +111,32 @@ def test_who_has_a_place_is_not_told_to_have_none() -> None:
 
 
 def test_without_any_requirement_there_are_no_clusters() -> None:
+    there = Where("prompts", [member(0), member(1)])
+    there.roster.simulated = 2
     with pytest.raises(RunError, match="no client sent an encoded requirement"):
-        Where("prompts", [member(0), member(1)]).placement.before(1, nobody_yet())
+        there.placement.before(1, nobody_yet())
+
+
+def test_devices_without_any_requirement_wait_for_others() -> None:
+    there = Where("prompts", [member(8), member(9)], noise=0.1)
+    groups = there.placement.before(1, nobody_yet())
+    assert not groups.clustered and not there.placement.takes_part(groups, 8)
+    assert set(there.unplaced) == {8, 9} and "prompts.txt" in there.unplaced[8] and not there.told("noise")
+    there.here(member(8), *FOUR)
+    assert there.placement.before(1, groups).where == {0: 0, 1: 0, 2: 1, 3: 1}
+
+
+def test_who_came_to_a_place_is_not_left_among_those_without() -> None:
+    there = Where("prompts", FOUR)
+    groups = there.placement.before(1, nobody_yet())
+    aside = [{"client": 1, "reason": "late"}, {"client": 9, "reason": "other"}]
+    assert clusters_of(groups, [], there.placement.settings, aside, {})["clustering"]["unplaced"] == aside[1:]
+
+
+def test_a_reply_that_placed_a_newcomer_alone_does_not_count_as_averaged() -> None:
+    parts = [{"cluster": 0, "clients": [0, 1]}, {"cluster": 1, "clients": [2], "skipped": "too few"}]
+    assert averaged_in({"clients": [0, 1, 2, 7], "clusters": parts}) == [0, 1]
+    assert averaged_in({"clients": [0, 1]}) == [0, 1]
 
 
 def seen(clients: list[ClientId], rows: list[list[float]]) -> Seen:
@@ -120,9 +159,29 @@ def test_replies_that_are_late_drop_no_cluster() -> None:
     there = Where("updates", FOUR)
     groups = there.placement.divide(1, nobody_yet(), seen([0, 1, 2, 3], [LEFT, LEFT, RIGHT, RIGHT]))
     later = there.placement.divide(2, groups, seen([0, 1], [LEFT, RIGHT]))
-    assert {1, later.where[2], later.where[3]} == {1} and later.states[1] is groups.states[1]
-    assert later.where[0] != later.where[1]
-    assert later.kinship[1, 0] == groups.kinship[1, 0]
+    assert later.where == groups.where  # of the two clusters one is away, so that there is room for one
+    assert later.states[1] is groups.states[1] and later.kinship[1, 0] == groups.kinship[1, 0]
+
+
+def test_those_who_are_there_part_as_far_as_the_number_of_clusters_allows() -> None:
+    six = [*FOUR, member(4, RIGHT), member(5, RIGHT)]
+    there = Where("updates", six, count=3)
+    groups = there.placement.divide(1, nobody_yet(), seen(list(range(6)), [LEFT, LEFT, RIGHT, RIGHT, RIGHT, RIGHT]))
+    groups = replace(groups, where={0: 0, 1: 0, 2: 1, 3: 1, 4: 1, 5: 1}, states={0: groups.shared, 1: groups.shared})
+    later = there.placement.divide(2, groups, seen([0, 1], [LEFT, RIGHT]))
+    assert later.where[0] != later.where[1] and len(later.states) == 3
+    again = there.placement.divide(3, later, seen([2, 3], [LEFT, RIGHT]))
+    assert len(again.states) == 3 and {4, 5} <= set(again.where)
+
+
+@pytest.mark.parametrize("choose", ["count", "silhouette"])
+def test_a_cluster_of_which_few_were_seen_stays(choose: str) -> None:
+    there = Where("updates", [member(client) for client in range(8)], choose=choose)
+    groups = nobody_yet()
+    groups = replace(groups, states={0: groups.shared, 1: groups.shared}, clustered=True, free=2)
+    groups = replace(groups, where={0: 0, 1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1, 7: 1})
+    later = there.placement.divide(2, groups, seen([0, 1, 2, 4], [LEFT, LEFT, LEFT, LEFT]))
+    assert later.where == groups.where | {4: 0} and later.states[1] is groups.states[1]
 
 
 def test_a_cluster_that_its_members_were_seen_to_leave_is_dropped() -> None:
@@ -132,6 +191,32 @@ def test_a_cluster_that_its_members_were_seen_to_leave_is_dropped() -> None:
     groups = replace(groups, where={0: 0, 1: 0, 2: 1, 3: 1})
     later = there.placement.divide(2, groups, seen([0, 1, 2], [LEFT, LEFT, LEFT]))
     assert later.where == {0: 0, 1: 0, 2: 0} and sorted(later.states) == [0]  # 3 is a newcomer when it is back
+
+
+def test_whoever_happens_to_answer_does_not_divide_the_clients() -> None:
+    there = Where("updates", [member(client) for client in range(10)])
+    placement = there.placement
+    assert [placement.divides(1, nobody_yet(), replies) for replies in (2, 4, 5, 10)] == [False, False, True, True]
+    assert there.told("undivided") == [{"round": 1, "replies": replies, "needed": 5} for replies in (2, 4)]
+    there.here(*FOUR)
+    assert placement.enough() == 3
+    there.here(*FOUR[:2])
+    assert placement.enough() == 2
+
+
+def test_clusters_that_are_too_small_for_the_robust_rule_are_named() -> None:
+    many = [member(client, LEFT) for client in range(5)] + [member(5, RIGHT), member(6, RIGHT)]
+    there = Where("prompts", many, robust="krum")
+    assert there.placement.before(1, nobody_yet()).clustered
+    (told,) = there.told("too-few")
+    assert told["cluster"] == 1 and "needs 2f + 3 = 5" in told["reason"] and "there are 2" in told["reason"]
+
+
+def test_where_every_cluster_is_too_small_for_the_robust_rule_nothing_starts() -> None:
+    there = Where("prompts", FOUR, robust="krum")
+    with pytest.raises(RunError, match="no cluster has enough members: aggregation.robust = 'krum'"):
+        there.placement.before(1, nobody_yet())
+    assert [event["cluster"] for event in there.told("too-few")] == [0, 1]
 
 
 def test_who_chose_and_went_away_still_weighs() -> None:
@@ -187,3 +272,78 @@ def test_by_loss_a_client_chooses_in_rounds_and_not_again_in_the_end() -> None:
     last = settings.num_server_rounds
     assert [sorted(hierarchy.offers(number, 0)) for number in (1, 2, last, last + 1)] == [[], [0, 1], [0, 1], []]
     assert sorted(hierarchy.offers(last + 1, "stranger")) == [0, 1]
+
+
+def replies(start: Adapter, *towards: Adapter | None) -> list[Update]:
+    """One reply each, of clients in turn; None: the start itself."""
+    return [
+        Update(client, start, 2, 10.0, metrics={"train_loss": 1.0}) if step is None else trained(start, step, client)
+        for client, step in enumerate(towards)
+    ]
+
+
+def trained_metrics(updates: list[Update]) -> list[Update]:
+    return [replace(update, metrics={"train_loss": 1.0}) for update in updates]
+
+
+def hierarchy_of(there: Where, groups: Groups) -> Hierarchy:
+    return Hierarchy(there.placement.settings, Method(), Lora(2, 4.0), groups, there.placement)
+
+
+def test_a_newcomer_that_changed_nothing_stays_without_a_place() -> None:
+    there, lora = Where("updates", [*FOUR, member(4)]), Lora(2, 4.0)
+    groups = replace(nobody_yet(), where={0: 0, 1: 0, 2: 1, 3: 1}, clustered=True, examples={0: 20.0, 1: 20.0})
+    groups = replace(groups, states={0: groups.shared, 1: groups.shared}, free=2)
+    begun = groups.shared.adapter
+    alone = Update(4, begun, 2, 10.0, metrics={"train_loss": 1.0})
+    hierarchy = hierarchy_of(there, groups)
+    taken = hierarchy.take([alone], {}, a_round(lora, 2))
+    assert taken.stays == dict.fromkeys((0, 1), "no usable reply") and 4 not in hierarchy.groups.where
+    assert [entry["skipped"] for entry in taken.clusters] == ["no usable reply"] * 2
+    again = replace(alone, adapter=hierarchy.groups.shared.adapter)
+    beside = trained_metrics(replies(hierarchy.groups.states[0].adapter, random_adapter(1, 2), random_adapter(2, 2)))
+    hierarchy.take([*beside, again], {}, a_round(lora, 3))
+    assert 4 not in hierarchy.groups.where
+
+
+def test_few_replies_that_say_nothing_do_not_end_a_run_and_enough_of_them_do() -> None:
+    there, begun, lora = Where("updates", FOUR), nobody_yet().shared.adapter, Lora(2, 4.0)
+    hierarchy = hierarchy_of(there, nobody_yet())
+    hierarchy.take(replies(begun, None, None), {}, a_round(lora))
+    assert not hierarchy.groups.clustered
+    with pytest.raises(RunError, match="does not tell them apart"):
+        hierarchy.take(replies(begun, None, None, None), {}, a_round(lora))
+
+
+def test_a_round_with_few_replies_divides_nobody_and_the_next_one_is_asked_again() -> None:
+    there, begun, lora = Where("updates", FOUR), nobody_yet().shared.adapter, Lora(2, 4.0)
+    one, other = random_adapter(1, 2), random_adapter(2, 2)
+    hierarchy = hierarchy_of(there, nobody_yet())
+    hierarchy.take(trained_metrics(replies(begun, one, other)), {}, a_round(lora))
+    assert not hierarchy.groups.clustered and there.placement.asks_everyone(2, hierarchy.groups)
+    begun = hierarchy.groups.shared.adapter
+    hierarchy.take(trained_metrics(replies(begun, one, one, other)), {}, a_round(lora, 2))
+    assert hierarchy.groups.where == {0: 0, 1: 0, 2: 1}
+
+
+def test_devices_that_come_first_are_warned_of() -> None:
+    there = Where("prompts", FOUR)
+    (told,) = hierarchy_of(there, nobody_yet()).cautions()
+    assert told.startswith("expected-clients = 0: whoever answers first forms the clusters")
+    there.roster.expected = 4
+    assert hierarchy_of(there, nobody_yet()).cautions() == []
+    there.roster.expected, there.roster.simulated = 0, 4
+    assert hierarchy_of(there, nobody_yet()).cautions() == []
+
+
+@pytest.mark.parametrize("method", ["fedavgm", "fedadam", "fedyogi", "scaffold", "ditto"])
+def test_methods_that_mixing_disturbs_are_warned_of(method: str) -> None:
+    there = Where("updates", FOUR, interact_every=3)
+    hierarchy = hierarchy_of(there, nobody_yet())
+    hierarchy.settings = there.placement.settings.model_copy(update={"method": method})
+    (told,) = hierarchy.cautions()
+    assert told.startswith("clusters.interact-every = 3: ") and method in told
+    for changes in ({"interact_every": 0}, {"strength": 0.0}):
+        there = Where("updates", FOUR, **changes)
+        hierarchy.settings = there.placement.settings.model_copy(update={"method": method})
+        assert hierarchy.cautions() == []

@@ -121,10 +121,18 @@ def _cluster_objections(settings: Settings, method: Method) -> list[str]:
             f"{told} has clients keep what belongs to one cluster's tensors, and by loss they may go to another in "
             "every round; take another way, or another method"
         ]
+    if by in ("updates", "adapters") and settings.method == "fedsa-lora":
+        return [f"{told} sends no factor B, which is what tells clients apart; take 'prompts' or 'loss'"]
     if by == "adapters" and settings.method == "rolora":
         return [f"{told} sends no factor B, which is what is compared, in every second round; take 'updates'"]
     if by == "adapters" and ranks and set(ranks) != {settings.lora.rank}:
         return ["clusters.by = 'adapters': compares factors of one rank, and lora.ranks has several; take 'updates'"]
+    warmup, rounds = settings.clusters.warmup, settings.num_server_rounds
+    late = f"clusters.warmup = {warmup}: with num-server-rounds = {rounds}"
+    if by in ("updates", "adapters") and warmup > rounds:
+        return [f"{late} no round is left whose replies would be compared; use {rounds} or less"]
+    if by == "loss" and warmup >= rounds:
+        return [f"{late} clients would stay where chance dealt them in all of them; use less"]
     return []
 
 

@@ -16,6 +16,15 @@ from fedgen_app.federation.robust import objection, robust
 from fedgen_app.learning.adapters import Adapter
 from fedgen_app.settings import Settings
 
+# What becomes of methods that go on from more than the adapter, as mixing gives it another basis.
+DISTURBED = {
+    "fedavgm": "the momentum of fedavgm starts anew",
+    "fedadam": "the moments of fedadam start anew",
+    "fedyogi": "the moments of fedyogi start anew",
+    "scaffold": "the control variates of scaffold start anew",
+    "ditto": "the clients' own adapters of ditto are pulled to factors in another basis",
+}
+
 
 @dataclass
 class Taken:
@@ -45,6 +54,21 @@ class Hierarchy:
         self.placement = placement
         rule = layer_wise(method.rule) if settings.aggregation.layer_wise else method.rule
         self._rule = robust(rule, method.fit, method.widen)
+
+    def cautions(self) -> list[str]:
+        """What the settings let happen that their user may not expect, one sentence each."""
+        wanted, roster, found = self.settings.clusters, self.placement.roster, []
+        if wanted.by == "prompts" and not (roster.simulated or roster.expected or self.groups.clustered):
+            found.append(
+                "expected-clients = 0: whoever answers first forms the clusters, and settles their encoder and key"
+            )
+        mixes = wanted.by != "none" and wanted.strength and wanted.interact_every
+        if mixes and self.settings.method in DISTURBED:
+            found.append(
+                f"clusters.interact-every = {wanted.interact_every}: whenever clusters mix, "
+                f"{DISTURBED[self.settings.method]}"
+            )
+        return found
 
     def prepare(self, number: int) -> None:
         """Place whoever can be placed before a round."""
@@ -89,12 +113,13 @@ class Hierarchy:
         if self.settings.clusters.by in BY_REPLIES and compared and updates:
             received = [self.adapter_for(update.client, update.rank) for update in updates]
             seen = self.placement.measure(before, updates, received, self.lora)
-        if seen and not before.clustered:  # all of them started from one state: they can go on in several
+        divides = self.placement.divides(number, before, len(updates))
+        if seen and divides and not before.clustered:  # all started from one state: they can go on in several
             self.groups = self.placement.divide(number, before, seen)
             home = {client: self.groups.where[client] for client in home}
         taken = self._levels(updates, home, round_, parted=self.groups is not before)
         if seen and before.clustered:
-            regroup = self.placement.divide if self.placement.asks_everyone(number, before) else self.placement.join
+            regroup = self.placement.divide if divides else self.placement.join
             self.groups = regroup(number, self.groups, seen)
         if chosen:
             self.groups = self.placement.follow(number, self.groups, chosen)
@@ -124,13 +149,15 @@ class Hierarchy:
         if not groups.clustered:
             self.groups = replace(groups, shared=groups.states[0])
             return Taken(capped, stays, facts=facts[0])
-        return Taken(capped, stays, [self._entry(c, capped, home, facts[c]) for c in sorted(groups.states)])
+        skipped = {cluster: {"skipped": reason} for cluster, reason in stays.items()}
+        entries = [self._entry(c, capped, home, {**facts[c], **skipped.get(c, {})}) for c in sorted(groups.states)]
+        return Taken(capped, stays, entries)
 
     def _objection(self, count: int) -> str | None:
         return objection(self.settings.aggregation, count)
 
     def _entry(
-        self, cluster: int, updates: Sequence[Update], home: Mapping[ClientId, int], facts: Mapping[str, float]
+        self, cluster: int, updates: Sequence[Update], home: Mapping[ClientId, int], facts: Mapping[str, Any]
     ) -> dict[str, Any]:
         own = [update for update in updates if home[update.client] == cluster]
         total = sum(update.num_examples for update in own)

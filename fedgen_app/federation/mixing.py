@@ -7,6 +7,8 @@ mean of the other is exact already.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -15,8 +17,9 @@ import torch
 from fedgen_app.federation.aggregation import absorb, discarded
 from fedgen_app.federation.clustering import attention
 from fedgen_app.federation.groups import Groups, anew
-from fedgen_app.federation.lowrank import Pair, as_factors, as_pair, stack
+from fedgen_app.federation.lowrank import Pair, as_factors, as_pair, product_norm, stack
 from fedgen_app.federation.method import GlobalState, Method, Round
+from fedgen_app.federation.robust import objection
 from fedgen_app.learning.adapters import Adapter, fresh, pairs
 from fedgen_app.seeds import derive
 
@@ -33,10 +36,11 @@ def interact(groups: Groups, method: Method, round_: Round) -> tuple[Groups, dic
     settings, states, lost = round_.settings.clusters, dict(groups.states), {}
     if len(states) < 2 or not settings.strength:
         return groups, {}
+    heeded = bounded(groups, method, round_)
     for cluster, state in groups.states.items():
         kin = {other: groups.kinship.get((cluster, other), 0.0) for other in groups.states if other != cluster}
         heard = attention(kin, settings.temperature)
-        weights = {other: settings.strength * weight for other, weight in heard.items()}
+        weights = {other: settings.strength * weight * heeded[other] for other, weight in heard.items()}
         weights[cluster] = 1 - settings.strength
         order = sorted(weights)
         mixture, lost[cluster], turned = mixed(
@@ -62,13 +66,40 @@ def with_global(groups: Groups, method: Method, round_: Round) -> tuple[Groups, 
     if len(order) == 1:
         return replace(groups, shared=groups.states[order[0]]), 0.0
     total = sum(groups.examples[cluster] for cluster in order)
-    weights = [groups.examples[cluster] / total for cluster in order]
+    heeded = bounded(groups, method, round_)
+    weights = [groups.examples[cluster] / total * heeded[cluster] for cluster in order]
     states, base = [groups.states[cluster] for cluster in order], groups.states[order[0]]
     if any(state.residual for state in states):  # the residual takes all of it
         base = GlobalState(fresh(round_.layout, derive(round_.settings.seed, "global")))
     seed = derive(round_.settings.seed, "global", round_.number)
     mean, lost, _ = mixed(base, states, weights, method, replace(round_, seed=seed))
     return replace(groups, shared=replace(mean, extra={})), lost
+
+
+def bounded(groups: Groups, method: Method, round_: Round) -> dict[int, float]:
+    """What each cluster's dW is multiplied by before others take it: 1, behind a robust rule no more than fits.
+
+    No dW is longer than ``aggregation.norm-bound`` times the median one: of two the smaller. Only those count for it
+    that have the members for the rule: others were never trained, and near zero. Whole weights have no such dW.
+    """
+    aggregation = round_.settings.aggregation
+    if aggregation.robust == "none" or method.weights == "model":
+        return dict.fromkeys(groups.states, 1.0)
+    norms = {cluster: length(state, round_.lora.scaling) for cluster, state in groups.states.items()}
+    trained = [norms[c] for c in norms if norms[c] and objection(aggregation, len(groups.members(c))) is None]
+    limit = aggregation.norm_bound * statistics.median_low(trained or norms.values())
+    return {cluster: min(1.0, limit / norm) if norm else 1.0 for cluster, norm in norms.items()}
+
+
+def length(state: GlobalState, scaling: float) -> float:
+    """Frobenius norm, over all layers, of all that a state adds to the backbone: s B A and the residual."""
+    square = 0.0
+    for key_a, key_b in pairs(state.adapter):
+        parts, weights = [as_pair(state.adapter, key_a, key_b)], [scaling]
+        if state.residual:
+            parts, weights = [*parts, as_pair(state.residual, key_a, key_b)], [scaling, 1.0]
+        square += product_norm(stack(parts, weights)) ** 2
+    return math.sqrt(square)
 
 
 def mixed(

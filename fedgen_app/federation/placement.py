@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,13 +19,14 @@ from fedgen_app.federation.clustering import Numbers
 from fedgen_app.federation.groups import Groups, regrouped
 from fedgen_app.federation.method import ClientId, Lora, Method, Update
 from fedgen_app.federation.protection import epsilon
-from fedgen_app.federation.robust import gram_of_changes
-from fedgen_app.federation.roster import Roster, in_order
+from fedgen_app.federation.robust import gram_of_changes, objection
+from fedgen_app.federation.roster import Roster, chosen_count, in_order
 from fedgen_app.learning.adapters import Adapter
 from fedgen_app.seeds import derive
 from fedgen_app.settings import Settings
 
 BY_REPLIES = ("updates", "adapters")
+FEWEST = 3  # replies that clients are divided by, where there are so many: two are alike or not by chance
 Draw = Callable[[Mapping[ClientId, int], Sequence[ClientId], Numbers], None]
 
 
@@ -98,6 +100,8 @@ class Placement:
 
     def _by_prompts(self, number: int, groups: Groups, again: bool) -> Groups:
         (vectors, space), wanted = self._vectors(groups), self.settings.clusters
+        if not vectors and not groups.clustered:
+            return groups
         if not groups.clustered and wanted.noise:
             spent = epsilon(wanted.noise, wanted.delta)
             self._report("noise", sigma=wanted.noise, epsilon=spent, delta=wanted.delta)
@@ -120,15 +124,16 @@ class Placement:
         mark should tell the width as well (``requirement.space_of``), but it is the client that says so.
 
         Raises:
-            RunError: nobody sent one, and there are no clusters yet.
+            RunError: in a simulation nobody sent one, and there are no clusters yet; of devices others may come.
         """
         members = self.roster.members
         sent = {client: m.requirement for client, m in members.items() if m.requirement is not None}
         if not sent and not groups.space:
-            raise RunError(
-                "clusters.by = 'prompts': no client sent an encoded requirement; a device needs prompts.txt in its "
-                "data folder, or prompts in its node config"
-            )
+            if self.roster.simulated:
+                raise RunError("clusters.by = 'prompts': no client sent an encoded requirement")
+            for client in in_order(members):
+                self._leave_aside(client, f"{members[client].unplaced} (prompts.txt, or prompts in its node config)")
+            return {}, ""
         found = {client: (requirement.space, len(requirement.vector)) for client, requirement in sent.items()}
         if groups.space:
             space, width = groups.space, len(next(iter(groups.centroids.values())))
@@ -173,7 +178,9 @@ class Placement:
         count = min(self.settings.clusters.count, len(clients))
         return self._moved(number, groups, {client: place % count for place, client in enumerate(order)})
 
-    def measure(self, groups: Groups, updates: Sequence[Update], received: Sequence[Adapter], lora: Lora) -> Seen:
+    def measure(
+        self, groups: Groups, updates: Sequence[Update], received: Sequence[Adapter], lora: Lora
+    ) -> Seen | None:
         """What a round's replies tell of who is alike: of the change of s B A, or by adapters of the factors B.
 
         Factors are compared as long as all began alike. Those of different clusters have different bases: a client
@@ -182,6 +189,9 @@ class Placement:
         Args:
             received: What each of them started from, at its rank.
 
+        Returns:
+            None where too few replies changed anything: of one or two it may be chance, of newcomers nobody's fault.
+
         Raises:
             RunError: nothing that the method sends tells it.
         """
@@ -189,31 +199,53 @@ class Placement:
         factors = self._by == "adapters" and not groups.clustered
         seen = products_of_b(updates) if factors else gram_of_changes(updates, received, lora).numpy()
         if not seen.any():
+            if groups.clustered or len(updates) < self.enough():
+                return None
             raise RunError(
                 f"clusters.by = {self._by!r}: what clients send with method = {self.settings.method} does not tell "
                 "them apart (round clusters.warmup sends no factor B)"
             )
         return Seen(clients, seen)
 
+    def enough(self) -> int:
+        """How many replies clients are divided by at least: half of the roster's, three where there are so many.
+
+        A division by whoever happened to answer would be final, as ``clusters.every`` is 0 by default.
+        """
+        members = len(self.roster.members)
+        return min(members, max(FEWEST, math.ceil(members / 2)))
+
+    def divides(self, number: int, groups: Groups, replies: int) -> bool:
+        """Whether a round's replies divide the clients (anew); too few do not, and that is said."""
+        if not self.asks_everyone(number, groups):
+            return False
+        if replies < self.enough():
+            self._report("undivided", round=number, replies=replies, needed=self.enough())
+            return False
+        return True
+
     def divide(self, number: int, groups: Groups, seen: Seen) -> Groups:
         """Cluster anew by what was seen; those who were not stay where they were.
 
-        A cluster of which nobody was seen stays too: it has not vanished, its members are late or away.
+        A cluster of which less than half was seen stays too: it has not vanished, its members are late or away. Beside
+        those there are at most so many clusters that all are no more than ``clusters.count``, but always one.
 
         Raises:
             RunError: there is nobody to tell apart.
         """
         wanted = self.settings.clusters
-        cosine = clustering.cosines(seen.products)
-        labels = clustering.agglomerate(cosine, wanted.choose, wanted.count, wanted.threshold)
+        cosine, away = clustering.cosines(seen.products), self._away(groups, seen.clients)
+        room = max(1, wanted.count - len(away))
+        choose = "count" if away and room == 1 and wanted.choose == "silhouette" else wanted.choose  # that is never one
+        labels = clustering.agglomerate(cosine, choose, room, wanted.threshold)
         now = dict(zip(seen.clients, labels, strict=True))
         names = clustering.matched(groups.where, now, groups.free if groups.clustered else 0)
         places = {client: names[label] for client, label in now.items()}
         kinship = {(names[a], names[b]): value for (a, b), value in clustering.similarity(cosine, labels).items()}
         remain = {c: place for c, place in groups.where.items() if c not in places}
-        # Whose cluster all others were seen to leave would keep it alive alone: better anew, among those who are there.
+        # Whose cluster the others were seen to leave would keep it alive alone: better anew, among those who are there.
         left = {groups.where[client] for client in places if client in groups.where}
-        gone = left - set(places.values())
+        gone = left - set(places.values()) - away
         remain = {c: place for c, place in remain.items() if place not in gone}
         where = {client: (places | remain)[client] for client in in_order([*places, *remain])}
         self._draw(places, seen.clients, cosine)
@@ -221,14 +253,22 @@ class Placement:
         known = {pair: value for pair, value in groups.kinship.items() if {*pair} <= {*moved.states}}
         return replace(moved, kinship=known | kinship)
 
+    def _away(self, groups: Groups, seen: Sequence[ClientId]) -> set[int]:
+        """The clusters of which less than half of the members were seen."""
+        if not groups.clustered:
+            return set()
+        count = Counter(groups.where[client] for client in seen if client in groups.where)
+        return {cluster for cluster in groups.states if 2 * count[cluster] < len(groups.members(cluster))}
+
     def join(self, number: int, groups: Groups, seen: Seen) -> Groups:
         """Clients without a place get that of the replies which theirs is most like, on average.
 
-        They started from the global adapter; what they sent serves this alone.
+        They started from the global adapter; what they sent serves this alone. One that changed nothing is like nobody
+        yet, and stays without.
         """
         cosine, where = clustering.cosines(seen.products), dict(groups.where)
         for row, client in enumerate(seen.clients):
-            if client in groups.where:
+            if client in groups.where or not seen.products[row, row]:
                 continue
             likeness: dict[int, list[float]] = {}
             for column, other in enumerate(seen.clients):
@@ -252,7 +292,26 @@ class Placement:
         counts = self._counts(groups, where)
         moved = replace(regrouped(groups, where, self._weights(counts), self.method, number), counts=counts)
         self._report("clusters", round=number, clusters={str(c): moved.members(c) for c in sorted(moved.states)})
+        self._check_sizes(number, moved)
         return moved
+
+    def _check_sizes(self, number: int, groups: Groups) -> None:
+        """Say of which clusters the robust rule needs more members than they have.
+
+        Raises:
+            RunError: of all, so that nothing would ever be trained.
+        """
+        most = chosen_count(len(groups.where), self.settings.fraction_train)
+        reasons: dict[int, str] = {}
+        for cluster in sorted(groups.states):
+            count = min(len(groups.members(cluster)), most)
+            found = [objection(self.settings.aggregation, replies) for replies in range(1, count + 1)]
+            if found and all(found):  # fewer replies mean fewer attackers: it may need all counts to know
+                reasons[cluster] = found[-1] or ""
+        for cluster, reason in reasons.items():
+            self._report("too-few", round=number, cluster=cluster, reason=reason)
+        if reasons and len(reasons) == len(groups.states):
+            raise RunError(f"no cluster has enough members: {reasons[min(reasons)]}; fewer clusters, or another rule")
 
     def _counts(self, groups: Groups, clients: Iterable[ClientId]) -> dict[ClientId, float]:
         """Examples of each client as the roll call told them; of one that is away as it did before, else 0."""

@@ -178,7 +178,8 @@ class Session:
         from fedgen_app.data.partition import plot_partition
 
         split = self._task.split(self.settings, self._backbone, roster.simulated)
-        plot_partition(split, self.folder.path / "partition.png")
+        with _written(self.folder.path / "partition.png") as file:
+            plot_partition(split, file)
         alpha = self.settings.partition.alpha if split.by in ("label", "topic") else None
         self.results["partition"] = {"by": split.by, "alpha": alpha, "clients": roster.simulated}
         self._kinds = dict(split.mostly()) if split.labels else {}
@@ -209,9 +210,12 @@ class Session:
     def draw_clusters(self, where: Mapping[ClientId, int], clients: Sequence[ClientId], products: Numbers) -> None:
         """clusters/map.png: the clients in a plane, as they were told apart."""
         file = self.folder.path / "clusters" / "map.png"
-        file.parent.mkdir(exist_ok=True)
+        with _written(file.parent) as folder:
+            folder.mkdir(exist_ok=True)
         title = f"{len(clients)} clients by {self.settings.clusters.by}"
-        clustering.draw_map(clients, [where[client] for client in clients], clustering.plane(products), title, file)
+        places, points = [where[client] for client in clients], clustering.plane(products)
+        with _written(file):
+            clustering.draw_map(clients, places, points, title, file)
 
     def finish(self, groups: Groups) -> None:
         """Export the global adapter and the clusters', generate samples, write the results."""
@@ -299,6 +303,15 @@ class Session:
                     f"client-{client}", load_kept(file).adapter, self.groups.state_of(client).residual if own else None
                 )
         task.save_samples(target, samples)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """Raise RunError where the file or folder cannot be written: a full disk."""
+    try:
+        yield path
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _origin(method: Method) -> str:

@@ -39,6 +39,13 @@ Evaluate = Callable[[int, ArrayRecord], Mapping[str, Any] | None]
 Save = Callable[[int, Groups, list[dict[str, Any]]], None]
 
 
+def averaged_in(entry: Mapping[str, Any]) -> list[ClientId]:
+    """Whose replies a round's entry says to be in the server's tensors: not those that only placed a newcomer."""
+    if "clusters" not in entry:
+        return list(entry["clients"])
+    return [client for part in entry["clusters"] if "skipped" not in part for client in part["clients"]]
+
+
 @dataclass
 class Outcome:
     """What became of the clients chosen in one exchange.
@@ -112,6 +119,8 @@ class FedLora(Strategy):
             rank=self.lora.rank if self.method.weights == "adapter" else None,
             held=self.roster.held(),
         )
+        for text in self.hierarchy.cautions():
+            self.report("warning", text=text)
 
     def start(
         self,
@@ -220,19 +229,14 @@ class FedLora(Strategy):
         """Choose clients and address each its own message.
 
         Raises:
-            RunError: no client is connected.
+            RunError: no client is connected, or none that belongs to a cluster.
         """
         s, placement = self.settings, self.hierarchy.placement
-        present = [
-            client
-            for client in self._wait_for_clients(grid, server_round)
-            if placement.takes_part(self.hierarchy.groups, client)
-        ]
-        if not present:
-            raise RunError(f"no connected client belongs to a cluster in round {server_round}")
-        fraction = 1.0 if placement.asks_everyone(server_round, self.hierarchy.groups) else s.fraction_train
+        present = self._wait_for_clients(grid, server_round, to_train=True)
+        everyone = placement.asks_everyone(server_round, self.hierarchy.groups)
+        fraction = 1.0 if everyone else s.fraction_train
         chosen = self.roster.choose(present, fraction, s.seed, server_round, s.selection)
-        deadline = s.round.deadline
+        deadline = self._time_for_all(len(present)) if everyone else s.round.deadline
         if self.method.pooled:
             return self.address(server_round, chosen[:1], TRAIN, deadline * len(chosen), self._steps(chosen))
         return self.address(server_round, chosen, TRAIN, deadline)
@@ -242,14 +246,31 @@ class FedLora(Strategy):
         plan = round_plan(self.settings, 1, 0, torch.float32)
         return sum(planned_steps(self.roster.members[client].num_examples, plan) for client in clients)
 
-    def _wait_for_clients(self, grid: Grid, number: int) -> list[ClientId]:
+    def _wait_for_clients(self, grid: Grid, number: int, to_train: bool = False) -> list[ClientId]:
+        """The clients that are there, or will be within ``round.roll-call`` seconds.
+
+        Args:
+            to_train: Only those that train: by prompts and by truth they need a cluster.
+
+        Raises:
+            RunError: nobody is.
+        """
         end = time.monotonic() + self.settings.round.roll_call
-        while not (present := self.roster.present(grid)):
+        while not (present := self._present(grid, to_train)):
             if time.monotonic() >= end:
-                raise RunError(f"no client is connected in round {number} (waited {self.settings.round.roll_call:g} s)")
+                lacking = "is connected" if not self.roster.present(grid) else "that is connected belongs to a cluster"
+                waited = f"(waited {self.settings.round.roll_call:g} s)"
+                raise RunError(f"no client {lacking} in round {number} {waited}")
             time.sleep(0.5)
+            known = {member.node for member in self.roster.members.values()}
             self.roster.ask_newcomers(grid, self.settings.round.roll_call)
+            if to_train and {member.node for member in self.roster.members.values()} != known:
+                self.hierarchy.prepare(number)
         return present
+
+    def _present(self, grid: Grid, to_train: bool) -> list[ClientId]:
+        groups, takes_part = self.hierarchy.groups, self.hierarchy.placement.takes_part
+        return [client for client in self.roster.present(grid) if not to_train or takes_part(groups, client)]
 
     def address(
         self, number: int, clients: list[ClientId], kind: str, deadline: float, steps: int = 0
@@ -257,7 +278,7 @@ class FedLora(Strategy):
         """One message per client with a record of its own."""
         config: dict[str, int | float | str] = {wire.ROUND: number, wire.RUN: self.run_name, wire.STEPS: steps}
         self._nodes = {self.roster.members[client].node: client for client in clients}
-        averaged = {client: entry["round"] for entry in self.history for client in entry["clients"]}  # the last wins
+        averaged = {client: entry["round"] for entry in self.history for client in averaged_in(entry)}  # the last wins
         messages = [
             Message(
                 wire.instruction(
@@ -357,12 +378,23 @@ class FedLora(Strategy):
                 f"no client answered in round {number} within {self.settings.round.deadline:g} s (round.deadline)"
             )
         recent = self.history[-FUTILE_ROUNDS:]
-        if len(recent) == FUTILE_ROUNDS and not any(entry["clients"] for entry in recent):
+        if len(recent) < FUTILE_ROUNDS:
+            return
+        if not any(entry["clients"] for entry in recent):
             reasons = sorted({r["reason"] for entry in recent for r in entry["rejected"]})
             raise RunError(
                 f"no usable reply in {FUTILE_ROUNDS} rounds in a row, reasons: {', '.join(reasons)}; the clients' own "
                 "logs say why"
             )
+        stayed = [[part.get("skipped") for part in entry.get("clusters", ())] for entry in recent]
+        if all(reasons and all(reasons) for reasons in stayed):
+            why = "; ".join(sorted({reason for reasons in stayed for reason in reasons}))
+            raise RunError(f"every cluster stayed as it was in {FUTILE_ROUNDS} rounds in a row, reasons: {why}")
+
+    def _time_for_all(self, present: int) -> float:
+        """Seconds to wait where all clients are asked: more than in a round queue for the same machines."""
+        per_round = chosen_count(present, self.settings.fraction_train)
+        return self.settings.round.deadline * math.ceil(present / per_round)
 
     def personalise(
         self, grid: Grid, metrics: Mapping[str, tuple[str, ...]]
@@ -377,9 +409,7 @@ class FedLora(Strategy):
         """
         number = self.settings.num_server_rounds + 1
         present = self._wait_for_clients(grid, number)
-        # More clients than in a round queue for the same machines.
-        per_round = chosen_count(len(present), self.settings.fraction_train)
-        deadline = self.settings.round.deadline * math.ceil(len(present) / per_round)
+        deadline = self._time_for_all(len(present))
         messages = self.address(number, present, PERSONALISE, deadline)
         names = dict(self._nodes)
         replies = collect(grid, messages, Patience(deadline), self._progress("personalisation"))

@@ -54,7 +54,7 @@ def clusters_of(
     wanted, known = settings.clusters, [client for client in groups.where if client in truth]
     facts: dict[str, Any] = {
         "by": wanted.by,
-        "unplaced": list(unplaced),
+        "unplaced": [entry for entry in unplaced if entry["client"] not in groups.where],  # the others came to one
         "adjusted_rand": adjusted_rand([truth[c] for c in known], [groups.where[c] for c in known]) if known else None,
     }
     if wanted.by == "prompts":

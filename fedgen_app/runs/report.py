@@ -127,6 +127,15 @@ def line(event: Mapping[str, Any]) -> str | None:
         case "clusters":
             sizes = ", ".join(f"{cluster}: {len(clients)}" for cluster, clients in event["clusters"].items())
             return f"  {len(event['clusters'])} clusters in round {event['round']} (clients in each: {sizes})"
+        case "too-few":
+            return f"  cluster {event['cluster']} cannot be trained: {event['reason']}"
+        case "undivided":
+            return (
+                f"  clients are not told apart in round {event['round']}: {event['replies']} replies, "
+                f"{event['needed']} are needed"
+            )
+        case "warning":
+            return f"  WARNING: {event['text']}"
         case "unplaced":
             return f"  client {event['client']} is in no cluster and does not train: {event['reason']}"
         case "noise":
