@@ -31,6 +31,7 @@ from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode, _try_
 from helpers import command
 
 from fedgen_app.errors import SettingsError
+from fedgen_app.federation.protection import read_key
 from fedgen_app.fleet import certificates, checks, spec
 
 FLEET = """
@@ -254,6 +255,21 @@ def test_an_archive_has_its_own_secrets_and_nobody_elses(made: Path) -> None:
         if machine != "server":
             other = {"ward-7": "12", "12": "ward-7"}[machine]
             assert f"/{other}/".encode() not in everything
+
+
+def test_the_devices_common_key_is_made_once_and_never_goes_to_the_server(made: Path) -> None:
+    assert not (made / "clusters").exists()
+    again(made, "cluster-key = true\n" + FLEET)
+    key = content(made, "clusters/cluster.key")
+    inside = members(made / "devices" / "12.tar")
+    assert inside["fedgen-12/cluster.key"] == (key, 0o600) and len(read_key(made / "clusters" / "cluster.key")) >= 32
+    node = tomllib.loads(inside["fedgen-12/node.toml"][0].decode())
+    assert node["cluster-key"] == "/etc/fedgen/12/cluster.key"
+    # This one names a file of its own, which someone copied there.
+    assert "fedgen-ward-7/cluster.key" not in members(made / "devices" / "ward-7.tar")
+    assert key.strip() not in b"".join(file for file, _ in members(made / "server.tar").values())
+    assert "install again" not in again(made, "cluster-key = true\n" + FLEET)
+    assert content(made, "clusters/cluster.key") == key
 
 
 def test_secrets_are_readable_for_their_owner_alone(made: Path) -> None:

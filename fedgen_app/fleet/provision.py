@@ -2,6 +2,7 @@
 
 fleet.json            that this is one, and of which devices
 ca/                   the authority: ca.key never leaves this machine
+clusters/             the secret of all devices, where the fleet file wants one; the server never gets it
 server/  server.tar   what the server gets
 operator/             a connection for `flwr`, where the server lets operators in
 devices/<id>/  devices/<id>.tar
@@ -9,6 +10,7 @@ devices/<id>/  devices/<id>.tar
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import secrets
@@ -26,6 +28,7 @@ from fedgen_app.fleet.registration import LOCK, RECORD
 from fedgen_app.fleet.spec import Fleet
 
 SECRET_BYTES = 48
+CLUSTER_KEY_BYTES = 32
 MARK = "fleet.json"
 IGNORE = ".gitignore"  # of everything: whoever keeps the fleet file under version control does not keep its keys there
 SOON = 30  # days before the end of a certificate in which it is told
@@ -110,12 +113,13 @@ def _write(fleet: Fleet, output: Path, renew: bool, new_keys: Collection[str]) -
     removed = sorted(there - set(here))
     new = tuple(device for device, folder in here.items() if not (folder / "device.key").exists())
     rekeyed = tuple(device for device in here if device in new_keys and device not in new)
+    cluster_key = _cluster_key(output / "clusters") if fleet.cluster_key else b""
     public, changed = {}, []
     for device in fleet.device:
         file = here[device.id] / "device.key"
         key = certificates.new_device_key() if device.id in (*new, *rekeyed) else file.read_bytes()
         public[device.id] = certificates.device_public_key(key, device.id)
-        files = render.device_files(fleet, device, ca, key)
+        files = render.device_files(fleet, device, ca, key, cluster_key)
         if _place(output / "devices", device.id, files, f"fedgen-{device.id}"):
             changed.append(device.id)
     for gone in removed:
@@ -149,6 +153,14 @@ def _authority(fleet: Fleet, folder: Path, renew: bool) -> tuple[str, bytes]:
         _put(key_file, certificates.new_key(), render.SECRET)
     _put(file, certificates.authority(_authority_key(folder), fleet.name, days), render.PUBLIC)
     return reason, file.read_bytes()
+
+
+def _cluster_key(folder: Path) -> bytes:
+    """What turns the encoded requirements of all devices alike; made once, as clusters are formed with it."""
+    file = folder / render.CLUSTER_KEY
+    if not file.exists():
+        _put(file, base64.b64encode(secrets.token_bytes(CLUSTER_KEY_BYTES)) + b"\n", render.SECRET)
+    return file.read_bytes()
 
 
 def _authority_key(folder: Path) -> bytes:

@@ -17,6 +17,7 @@ from fedgen_app.fleet.spec import Device, Fleet, is_loopback, joined
 
 TEMPLATES = Path(__file__).parent / "templates"
 USER = "fedgen"
+CLUSTER_KEY = "cluster.key"
 # Beside what training may take: Python, torch and the SuperNode's own process, 0.4 GB each, and some room.
 ROOM = 2 * 1024**3
 # Of the worker's service. The code comes from the server; with a backbone on the device it has no use for the net.
@@ -100,7 +101,7 @@ def node_config(fleet: Fleet, device: Device) -> dict[str, object]:
         "backbone-bits": device.backbone_bits,
         "threads": device.threads,
         "prompts": device.prompts,
-        "cluster-key": device.cluster_key,
+        "cluster-key": device.cluster_key or (f"{config}/{CLUSTER_KEY}" if fleet.cluster_key else ""),
         "cluster-noise": device.cluster_noise,
         "cluster-encoder": device.cluster_encoder,
     }
@@ -113,8 +114,8 @@ def node_config(fleet: Fleet, device: Device) -> dict[str, object]:
     }
 
 
-def device_files(fleet: Fleet, device: Device, ca: bytes, key: bytes) -> Files:
-    """All that one device gets: its own key and nobody else's secret."""
+def device_files(fleet: Fleet, device: Device, ca: bytes, key: bytes, cluster_key: bytes = b"") -> Files:
+    """All that one device gets: its own key, the devices' common one where there is one, and nobody else's secret."""
     values = _common(fleet) | {
         "id": device.id,
         "address": fleet.server.address,
@@ -135,6 +136,8 @@ def device_files(fleet: Fleet, device: Device, ca: bytes, key: bytes) -> Files:
         "policy.toml": File(_template("policy.toml", values).encode(), SECRET),
         "install.sh": _installer("install-device.sh", values),
     }
+    if cluster_key and not device.cluster_key:
+        files[CLUSTER_KEY] = File(cluster_key, SECRET)
     for name in ("supernode", "worker") if device.warm else ("supernode",):
         files[f"{name}.sh"] = _starter(f"{name}.sh", values, f"{fleet.paths.state}/{device.id}")
         files[f"fedgen-{name}-{device.id}.service"] = File(_template(f"{name}.service", values).encode(), PUBLIC)

@@ -153,8 +153,7 @@ class Device(_Table):
         backbone_bits: Of each weight of the backbone's linear layers on this device, 4 or 8; 0: as the run says.
         threads: Of the CPU, for training; 0: as the run says.
         prompts: A file on the device with what it is to generate; "": as its data folder says.
-        cluster_key: A file on the device with the secret of all devices. It never passes through the fleet's folder, of
-            which the server gets a part.
+        cluster_key: A file on the device with the secret of all devices, where provisioning does not hand one out.
         cluster_noise: Least standard deviation of the noise on what is sent of the prompts.
         cluster_encoder: Where the encoder lies on the device that the run names; "": as the run says.
         port: Of the SuperNode on the device's own loopback.
@@ -187,12 +186,17 @@ class Device(_Table):
 
 
 class Fleet(_Table):
-    """A whole fleet file."""
+    """A whole fleet file.
+
+    Attributes:
+        cluster_key: Whether provisioning makes a secret for all devices, but those that name a file of their own.
+    """
 
     name: Annotated[str, _matches(NAME, "should be up to 32 letters, digits, '_' or '-'")] = "fleet"
     server: Server
     certificates: Certificates = Certificates()
     paths: Paths = Paths()
+    cluster_key: Annotated[bool, Field(strict=True)] = False
     device: Annotated[tuple[Device, ...], Field(min_length=1)]
 
 

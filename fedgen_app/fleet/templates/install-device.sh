@@ -12,6 +12,7 @@ folder 0700 "@{state}/@{id}"
 place 0644 ca.crt "$target/ca.crt"
 place 0600 device.key "$target/device.key"
 place 0600 node.toml "$target/node.toml"
+if [ -f "$here/cluster.key" ]; then place 0600 cluster.key "$target/cluster.key"; fi
 place 0755 supernode.sh "$target/supernode.sh"
 if [ "$warm" = yes ]; then place 0755 worker.sh "$target/worker.sh"; else rm -f "$target/worker.sh"; fi
 if [ -e "$target/policy.toml" ]; then say "ok: $target/policy.toml stays as it is"; else place 0600 policy.toml "$target/policy.toml"; fi
