@@ -89,7 +89,7 @@ def proportional(process: psutil.Process) -> float:
 def kind(process: psutil.Process, parent_kind: str) -> str:
     """What a process of the fleet is."""
     line = " ".join(process.cmdline())
-    for name in ("flower-superlink", "flower-superexec", "flwr-serverapp", "flwr-clientapp", "flower-supernode"):
+    for name in ("flower-superlink", "flower-superexec", "flwr-serverapp", "flwr-clientapp", "fedgen-supernode"):
         if name in line:
             return f"{name} (device)" if name == "flower-superexec" and "supernode" in parent_kind else name
     if "device-worker" in line:

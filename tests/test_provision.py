@@ -304,7 +304,7 @@ def local_fleet(tmp_path: Path) -> Path:
     environment = tmp_path / "environment" / "bin"
     environment.mkdir(parents=True)
     (environment / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    for name in ("flower-superlink", "flower-superexec", "flower-supernode", "fedgen"):
+    for name in ("flower-superlink", "flower-superexec", "fedgen-supernode", "fedgen"):
         (environment / name).write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     for name in ("flwr-serverapp", "flwr-clientapp", "flwr"):
         (environment / name).write_text("#!/bin/sh\n")

@@ -127,7 +127,7 @@ def device_files(fleet: Fleet, device: Device, ca: bytes, key: bytes, cluster_ke
         if device.memory
         else "# No memory in the fleet file: no MemoryMax.",
         "net": OWN_LOOPBACK if _here(device.backbone) and _here(device.cluster_encoder or "bundled") else ANY_NET,
-        "programs": "flower-supernode fedgen" if device.warm else "flower-supernode flower-superexec flwr-clientapp",
+        "programs": "fedgen-supernode fedgen" if device.warm else "fedgen-supernode flower-superexec flwr-clientapp",
     }
     files = {
         "ca.crt": File(ca, PUBLIC),

@@ -14,4 +14,4 @@ if [ "@{warm}" = yes ]; then  # a worker does the work, and nobody without this 
     fi
     set -- "$@" --isolation process --superexec-auth-secret-file "@{state}/@{id}/worker.secret"
 fi
-exec "@{environment}/bin/flower-supernode" "$@"
+exec "@{environment}/bin/fedgen-supernode" "$@"
