@@ -79,8 +79,8 @@ class Node:
         self.server.should_exit = True
         self.thread.join()
 
-    def put(self, fab: Fab, name: str = "echo", ttl: float | None = None) -> int:
-        """One message for the app, valid for so many seconds; the run's id."""
+    def put(self, fab: Fab, name: str = "echo", ttl: float | None = None, whole: bool = True) -> int:
+        """One message for the app, valid for so many seconds, or no more of it than its header; the run's id."""
         self.runs += 1
         run = Run.create_empty(self.runs)
         run.fab_id, run.fab_version, run.fab_hash, run.series_id = f"tests/{name}", "1.0.0", fab.hash_str, self.runs
@@ -95,7 +95,7 @@ class Node:
         self.state.create_task(TaskType.CLIENT_APP, self.runs, fab.hash_str)
         self.objects.preregister(self.runs, tree)
         self.state.store_message(message)
-        for identifier, item in nested.items():
+        for identifier, item in nested.items() if whole else ():
             self.objects.put(identifier, item.deflate())
         return self.runs
 

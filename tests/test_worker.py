@@ -139,6 +139,21 @@ time.sleep(600)"""
     worker.said("its message is valid no longer")
 
 
+def test_a_message_whose_rest_never_comes_is_given_up_for_the_next(worker: Running) -> None:
+    worker.said("no SuperNode at")
+    with worker.node() as node:
+        lost = node.put(bundle(), whole=False)
+        end = time.monotonic() + 60
+        while len(psutil.Process(worker.process.pid).children(recursive=True)) < 2:  # the warm process, and a child
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        time.sleep(1.0)  # it has the header
+        node.numbers(node.reply(node.put(bundle())))
+        node.numbers(node.reply(node.put(bundle())))
+        assert not node.state.get_messages_legacy(run_ids=[lost], is_reply=True)
+    worker.said("the rest of its message never came")
+
+
 def test_a_header_that_is_none_is_named() -> None:
     for pulled in (b"x", b"", PullAppMessagesResponse(messages_list=[{}]).SerializeToString()):
         with pytest.raises(ValueError, match="message"):

@@ -110,13 +110,14 @@ def _connect(address: str, token: str, retry: RetryInvoker | None) -> RuntimeHtt
     )
 
 
-def carry_out(address: str, task: Task, on_message: Callable[[bytes], None]) -> Done:
+def carry_out(address: str, task: Task, on_message: Callable[[bytes], None], on_whole: Callable[[], None]) -> Done:
     """Fetch the message, run the bundle's ClientApp on it, answer.
 
     An exception's text stays in this device's log: what is sent is Flower's code for it.
 
     Args:
         on_message: Called with the message's header, from which ``answer_for`` can answer in our place.
+        on_whole: Called when the rest of the message is there too.
 
     Raises:
         httpx.HTTPError: the SuperNode is gone.
@@ -132,6 +133,7 @@ def carry_out(address: str, task: Task, on_message: Callable[[bytes], None]) -> 
     header = client.PullMessages(PullAppMessagesRequest())
     on_message(header.SerializeToString())  # before anything else: it is given out only once
     message = _inflated(client, header, context)
+    on_whole()
     reply = _reply(message, context, run, fab)
     push_message(client, reply, context)
     failed = reply.has_error()

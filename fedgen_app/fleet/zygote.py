@@ -118,7 +118,12 @@ def _child(channel: socket.socket, address: str, task: flower_task.Task, threads
         import torch
 
         torch.set_num_threads(threads)
-        done = flower_task.carry_out(address, task, lambda header: send(channel, "message", header=header.hex()))
+        done = flower_task.carry_out(
+            address,
+            task,
+            on_message=lambda header: send(channel, "message", header=header.hex()),
+            on_whole=lambda: send(channel, "whole"),
+        )
         send(channel, "answered")
         status = 0
         if (facts := _facts(done)) is not None:
