@@ -228,6 +228,8 @@ class Worker:
         A SuperNode receives one message after the other. Of one whose run ended meanwhile it lets go without a word,
         and goes on to the next: if that is there, the rest of the one under way will not come.
         """
+        import httpx
+
         from fedgen_app.fleet import flower_task
 
         if time.time() >= progress.until:
@@ -235,7 +237,7 @@ class Worker:
             return True
         if spoke or progress.header is None or progress.whole:
             return False
-        with contextlib.suppress(flower_task.httpx.HTTPError, ValueError):
+        with contextlib.suppress(httpx.HTTPError, ValueError):
             self.next = flower_task.acquire(self.client)
         if self.next is not None:
             log.warning(
