@@ -83,7 +83,7 @@ def booted(layer: Path, folder: Path) -> Iterator[Machine]:
         nspawn = ["systemd-nspawn", "--quiet", f"--directory={layer}/root", "--private-network", "--register=no"]
         nspawn += ["--keep-unit", "--link-journal=no", "--console=pipe", f"--bind={folder}:{HERE}"]
         nspawn += [f"--bind-ro={tiny_model()}:{MODEL}", f"--bind-ro={tiny_data()}:{DATA}"]
-        nspawn += ["--boot", "systemd.unit=basic.target", "systemd.mask=tmp.mount"]
+        nspawn += ["--boot", "systemd.unit=basic.target"]
         with (folder / "console.log").open("wb") as log:
             process = subprocess.Popen(nspawn, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         machine, end = None, time.monotonic() + 60
