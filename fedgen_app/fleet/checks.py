@@ -91,7 +91,8 @@ def check_readable(path: Path) -> None:
     try:
         if os.path.isfile(path):
             path.open("rb").close()
-        for place, _, names in os.walk(path, onerror=refuse) if not os.path.isfile(path) else ():
+            return
+        for place, _, names in os.walk(path, onerror=refuse):
             for name in names:
                 (Path(place) / name).open("rb").close()
     except OSError as error:

@@ -177,12 +177,13 @@ class Device(_Table):
 
     def paths(self) -> dict[str, str]:
         """What lies on the device and is read there, by key; without the key of the clusters, which comes later."""
-        named = {"data": self.data, "backbone": self.backbone, "prompts": self.prompts}
-        return {
-            key: path
-            for key, path in {**named, "cluster-encoder": self.cluster_encoder}.items()
-            if path.startswith("/")
+        named = {
+            "data": self.data,
+            "backbone": self.backbone,
+            "prompts": self.prompts,
+            "cluster-encoder": self.cluster_encoder,
         }
+        return {key: path for key, path in named.items() if path.startswith("/")}
 
 
 class Fleet(_Table):
