@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -40,6 +42,20 @@ def test_whatever_the_order_more_noise_is_less_noise_and_an_independent_step(
 def test_sizes_that_differ_a_little_cannot_be_averaged_away(tmp_path: Path) -> None:
     found = asked(tmp_path / "noise", "one", *(0.1 + 1e-7 * step for step in (0, 3, -2, 5, 1, -4)), 0.1 + 1e-17)
     assert np.mean(found, axis=0).std() == pytest.approx(0.1, rel=0.05)
+
+
+def test_two_runs_at_once_draw_one_noise_for_one_wish(tmp_path: Path) -> None:
+    file = tmp_path / "state" / "noise"
+    begun = Barrier(4)
+
+    def draw(_: int) -> np.ndarray:
+        begun.wait()
+        with Draws.held(file) as draws:
+            return draws.noise("one", WIDTH, 0.3)
+
+    with ThreadPoolExecutor(4) as runs:
+        found = list(runs.map(draw, range(4)))
+    assert all(np.array_equal(noise, found[0]) for noise in found)
 
 
 def test_another_wish_has_noise_of_its_own(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ one with more noise added, so all of them together tell what the smallest tells,
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
@@ -38,6 +41,18 @@ class Draws:
     file: Path
     paths: dict[str, dict[float, Numbers]]
     alone: dict[str, Numbers]
+
+    @classmethod
+    @contextlib.contextmanager
+    def held(cls, file: Path) -> Iterator[Draws]:
+        """As ``read``, and no other process draws meanwhile: two runs at once would put two noises on one wish.
+
+        Raises:
+            DataError: as ``read``.
+        """
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            yield cls.read(file)
 
     @classmethod
     def read(cls, file: Path) -> Draws:

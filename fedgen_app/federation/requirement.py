@@ -75,11 +75,12 @@ def _with_noise(me: Participant, clean: Numbers, what: str) -> Numbers:
         seed = derive(me.settings.seed, "requirement", me.client)
         noise = protection.drawn(len(clean), sigma, np.random.default_rng(seed))
         return protection.noisy(clean, noise) if sigma else clean
-    draws, delta = Draws.read(me.state / NOISE_FILE), min(me.settings.clusters.delta, DELTA)
-    spent = draws.spent_with(what, sigma)
-    whole = sum(protection.epsilon(each, delta) for each in spent)
-    me.policy.check_epsilon(whole)
-    noise = draws.noise(what, len(clean), sigma)
+    delta = min(me.settings.clusters.delta, DELTA)
+    with Draws.held(me.state / NOISE_FILE) as draws:
+        spent = draws.spent_with(what, sigma)
+        whole = sum(protection.epsilon(each, delta) for each in spent)
+        me.policy.check_epsilon(whole)
+        noise = draws.noise(what, len(clean), sigma)
     log.info(
         "requirement: noise %g; with all that was sent before, of %d wishes: (epsilon, delta) = (%.3g, %g)",
         sigma,
