@@ -10,8 +10,9 @@ from flwr.clientapp import ClientApp
 
 from fedgen_app.federation import requirement, wire
 from fedgen_app.federation.alone import alone
-from fedgen_app.federation.client import Participant, Work, guarded, personal_plan, round_plan
+from fedgen_app.federation.client import Participant, guarded
 from fedgen_app.federation.consent import check_plans, policed
+from fedgen_app.federation.work import Work, personal_plan, round_plan
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import load_task
 from fedgen_app.learning.task import Metrics

@@ -5,8 +5,9 @@ from __future__ import annotations
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedgen_app.federation.client import check_method, lora_of
+from fedgen_app.federation.compatibility import check_method
 from fedgen_app.federation.hierarchy import Hierarchy
+from fedgen_app.federation.method import lora_of
 from fedgen_app.federation.placement import Placement
 from fedgen_app.federation.roster import Roster
 from fedgen_app.federation.session import Session

@@ -35,8 +35,7 @@ def operation(name: str, rows: int, columns: int, rank: int, clients: int) -> Ca
     """The thing to be timed, on random replies that are made beforehand."""
     import torch
 
-    from fedgen_app.federation.client import load_method
-    from fedgen_app.federation.method import GlobalState, Lora, Round, Update
+    from fedgen_app.federation.method import GlobalState, Lora, Round, Update, load_method
     from fedgen_app.federation.robust import reweigh
     from fedgen_app.learning.adapters import Adapter
     from fedgen_app.settings import Settings, defaults

@@ -17,8 +17,8 @@ import torch
 from fedgen_app.cli.finished import settings_of
 from fedgen_app.cli.mixing import clusters_in
 from fedgen_app.errors import FedgenError, SettingsError
-from fedgen_app.federation.client import load_method
 from fedgen_app.federation.hybrid import adapters_of
+from fedgen_app.federation.method import load_method
 from fedgen_app.learning.backbone import load_task, open_backbone
 from fedgen_app.learning.mixture import Mixture, active
 from fedgen_app.learning.task import Sample

@@ -10,7 +10,8 @@ from flwr.app import Context, RecordDict
 from helpers import tiny_config, tiny_settings
 
 from fedgen_app.errors import DataError, SettingsError
-from fedgen_app.federation.client import Participant, affordable_rank, check_method
+from fedgen_app.federation.client import Participant, affordable_rank
+from fedgen_app.federation.compatibility import check_method
 from fedgen_app.learning.backbone import open_backbone
 
 

@@ -15,8 +15,7 @@ import pytest
 from helpers import results, run_arguments
 
 from fedgen_app.cli import presets, reproduce
-from fedgen_app.federation.client import load_method
-from fedgen_app.federation.method import Method
+from fedgen_app.federation.method import Method, load_method
 from fedgen_app.settings import KEYS, defaults
 from fedgen_app.sweeps import plan, spec
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fedgen_app.errors import RunError
 from fedgen_app.federation import wire
-from fedgen_app.federation.client import round_plan
+from fedgen_app.federation.work import round_plan
 from fedgen_app.learning import adapters, training
 from fedgen_app.learning.backbone import open_backbone
 from fedgen_app.runs.personal import load_kept

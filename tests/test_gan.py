@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedgen_app.errors import AdapterError, BackboneError, DataError, SettingsError
-from fedgen_app.federation.client import check_method
+from fedgen_app.federation.compatibility import check_method
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.learning.export import card, save_peft

@@ -9,9 +9,8 @@ import pytest
 import torch
 from synthetic import a_round, random_adapter, updates_of
 
-from fedgen_app.federation.client import load_method
 from fedgen_app.federation.groups import Groups, anew, regrouped, rule_in_each
-from fedgen_app.federation.method import EPOCH, GlobalState, Lora, Method, weighted_mean
+from fedgen_app.federation.method import EPOCH, GlobalState, Lora, Method, load_method, weighted_mean
 from fedgen_app.learning.adapters import Adapter
 from fedgen_app.runs.folder import Checkpoint, RunFolder, load_checkpoint
 

@@ -14,7 +14,7 @@ from flwr.app import Message
 from helpers import RecordingGrid, client_states, command, federate, run_arguments, tiny_config, without_times
 from safetensors.torch import load_file
 
-from fedgen_app.federation.client import load_method
+from fedgen_app.federation.method import load_method
 from fedgen_app.learning import adapters, training
 from fedgen_app.learning.adapters import digest
 from fedgen_app.settings import Value, plugins

@@ -9,9 +9,8 @@ import pytest
 import torch
 from synthetic import Dense, a_round, assert_alive, assert_same, best, dense, norm, plus, random_adapter, start
 
-from fedgen_app.federation.client import load_method
 from fedgen_app.federation.groups import Groups
-from fedgen_app.federation.method import EPOCH, GlobalState, Lora, Round
+from fedgen_app.federation.method import EPOCH, GlobalState, Lora, Round, load_method
 from fedgen_app.federation.mixing import bounded, interact, with_global
 from fedgen_app.settings import plugins
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedgen_app.errors import SettingsError
-from fedgen_app.federation.client import load_method
 from fedgen_app.federation.local import Lesson, plain
-from fedgen_app.federation.method import GlobalState, Lora, Method, Round, Update
+from fedgen_app.federation.method import GlobalState, Lora, Method, Round, Update, load_method
 from fedgen_app.learning import adapters, training
 from fedgen_app.learning.adapters import Adapter, digest
 from fedgen_app.learning.task import Examples

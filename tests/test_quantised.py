@@ -15,7 +15,8 @@ from pipelines import image_settings
 from torch import nn
 
 from fedgen_app.errors import BackboneError, SettingsError
-from fedgen_app.federation.client import Participant, check_method
+from fedgen_app.federation.client import Participant
+from fedgen_app.federation.compatibility import check_method
 from fedgen_app.learning import adapters
 from fedgen_app.learning.backbone import Backbone, open_backbone
 from fedgen_app.learning.quantised import placed

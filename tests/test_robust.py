@@ -30,8 +30,7 @@ from synthetic import (
 )
 
 from fedgen_app.errors import RunError
-from fedgen_app.federation.client import load_method
-from fedgen_app.federation.method import GlobalState, Lora, Method, Update, weighted_mean
+from fedgen_app.federation.method import GlobalState, Lora, Method, Update, load_method, weighted_mean
 from fedgen_app.federation.robust import (
     NEEDED,
     attackers,

@@ -33,9 +33,8 @@ from synthetic import (
 
 from fedgen_app.errors import SettingsError
 from fedgen_app.federation.aggregation import absorb, mean_of_products
-from fedgen_app.federation.client import load_method
 from fedgen_app.federation.lowrank import Pair
-from fedgen_app.federation.method import GlobalState, Lora, Update
+from fedgen_app.federation.method import GlobalState, Lora, Update, load_method
 from fedgen_app.learning.adapters import Layout, digest, pairs
 from fedgen_app.settings import plugins
 

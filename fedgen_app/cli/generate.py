@@ -93,7 +93,7 @@ def generate(
         there = ", ".join(adapters_in(folder)) or f"none before its end; to go on with it: fedgen resume {folder}"
         raise SettingsError(f"{file}: no such adapter in this run; there are {there}")
 
-    from fedgen_app.federation.client import load_method
+    from fedgen_app.federation.method import load_method
     from fedgen_app.learning import adapters
     from fedgen_app.learning.backbone import load_task, open_backbone
 

@@ -60,7 +60,7 @@ def run(
 
 def _check_method(settings: Settings, clients: int) -> None:
     """What only the method and the number of clients (0: unknown) can tell: after all else, as it loads torch."""
-    from fedgen_app.federation.client import check_method
+    from fedgen_app.federation.compatibility import check_method
     from fedgen_app.federation.robust import objection
     from fedgen_app.federation.roster import chosen_count
 

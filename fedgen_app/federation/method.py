@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 from fedgen_app.federation.aggregation import mean_of_factors, refactored
 from fedgen_app.federation.local import Learned, Lesson, fine_tune, plain
@@ -36,6 +37,11 @@ class Lora:
     def at(self, rank: int) -> Lora:
         """The same on a device of another rank: alpha stays, so the scaling differs."""
         return replace(self, rank=rank)
+
+
+def lora_of(settings: Settings) -> Lora:
+    """The adapter's shape that the settings ask for."""
+    return Lora(settings.lora.rank, settings.lora.alpha, settings.lora.rslora)
 
 
 @dataclass(frozen=True)
@@ -165,3 +171,8 @@ class Method:
     has_global: bool = True
     weights: Literal["adapter", "model"] = "adapter"
     pooled: bool = False
+
+
+def load_method(name: str) -> Method:
+    """The method of a settings value: ``methods/<name>.py`` ends in ``METHOD``."""
+    return cast(Method, importlib.import_module(f"fedgen_app.methods.{name.replace('-', '_')}").METHOD)

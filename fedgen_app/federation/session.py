@@ -14,10 +14,10 @@ from flwr.common.logger import log
 
 from fedgen_app.errors import CheckpointError, RunError, SettingsError
 from fedgen_app.federation import clustering
-from fedgen_app.federation.client import lora_of, run_folder
+from fedgen_app.federation.client import run_folder
 from fedgen_app.federation.clustering import Numbers
 from fedgen_app.federation.groups import Groups
-from fedgen_app.federation.method import ClientId, GlobalState, Method
+from fedgen_app.federation.method import ClientId, GlobalState, Method, lora_of
 from fedgen_app.federation.resuming import newest_checkpoint, same_run
 from fedgen_app.federation.roster import Roster, in_order
 from fedgen_app.federation.summary import clusters_of, keep_clusters

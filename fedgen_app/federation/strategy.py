@@ -15,13 +15,13 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedgen_app.errors import RunError
 from fedgen_app.federation import admission, wire
-from fedgen_app.federation.client import round_plan
 from fedgen_app.federation.exchange import TTL_MARGIN, Patience, Replies, collect
 from fedgen_app.federation.groups import Groups
 from fedgen_app.federation.hierarchy import Hierarchy
 from fedgen_app.federation.method import ClientId, GlobalState, Lora, Method, Round, Update
 from fedgen_app.federation.robust import objection
 from fedgen_app.federation.roster import Roster, chosen_count, in_order
+from fedgen_app.federation.work import round_plan
 from fedgen_app.learning.adapters import Layout, at_rank
 from fedgen_app.learning.training import planned_steps
 from fedgen_app.seeds import derive

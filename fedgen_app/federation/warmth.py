@@ -10,7 +10,8 @@ from typing import Any
 from flwr.app import Context, RecordDict
 
 from fedgen_app.data.cache import source_identity
-from fedgen_app.federation.client import Participant, load_method
+from fedgen_app.federation.client import Participant
+from fedgen_app.federation.method import load_method
 from fedgen_app.learning.backbone import load_task
 from fedgen_app.settings import looks_like_path
 

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from fedgen_app.errors import RunError, SettingsError
-from fedgen_app.federation.client import check_method, round_plan
+from fedgen_app.federation.compatibility import check_method
 from fedgen_app.federation.method import Method
+from fedgen_app.federation.work import round_plan
 from fedgen_app.fleet.devices import Device, device_of
 from fedgen_app.fleet.traffic import traffic
 from fedgen_app.learning import attention

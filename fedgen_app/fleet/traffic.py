@@ -9,8 +9,7 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedgen_app.federation import wire
-from fedgen_app.federation.client import lora_of
-from fedgen_app.federation.method import GlobalState, Method, Round, Update
+from fedgen_app.federation.method import GlobalState, Method, Round, Update, lora_of
 from fedgen_app.federation.roster import chosen_count
 from fedgen_app.federation.strategy import TRAIN
 from fedgen_app.learning.adapters import Layout, fresh

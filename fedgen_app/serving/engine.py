@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from fedgen_app.errors import SettingsError
-from fedgen_app.federation.client import load_method, lora_of
 from fedgen_app.federation.hybrid import adapters_of, centroids_of
+from fedgen_app.federation.method import load_method, lora_of
 from fedgen_app.federation.summary import CENTROIDS
 from fedgen_app.learning import mixture
 from fedgen_app.learning.adapters import Adapter, load_adapter

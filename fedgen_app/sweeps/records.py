@@ -150,7 +150,7 @@ def _gains(entries: Sequence[Mapping[str, Any]], metric: str) -> tuple[tuple[int
 
 def method_of(run: Run) -> Method:
     """The method that a run is made with."""
-    from fedgen_app.federation.client import load_method
+    from fedgen_app.federation.method import load_method
 
     return load_method(str(run.settings["method"]))
 
