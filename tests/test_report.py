@@ -45,3 +45,10 @@ def test_the_closing_table_shows_what_every_client_measured() -> None:
     assert local == "denoising_loss" and {row[2] for row in rows} == {"2"}
     (_, local), _ = report.table(results(few[0]))
     assert local == "kid"
+
+
+def test_the_basis_of_a_distance_is_told_where_there_is_one() -> None:
+    measured = {"fid": 20.5, "samples": 200, "features": "small", "fid_floor": 1.25}
+    assert report.basis(measured) == " (n 200, small, floor 1.25)"
+    means = results(*ENTRIES)["final"]["metrics"]  # of a method without a global model: over the clients
+    assert "kid" in means and report.basis(means) == ""

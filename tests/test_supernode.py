@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import timedelta
+from typing import Any
 
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
+from flwr.supercore.date import now
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.run import RunNotRunningException
+from nodes import NODE, Node, bundle
+
+from fedgen_app.engines.keeper import free_port
+from fedgen_app.fleet import flower_task, supernode
 
 # Where Flower's SuperNode ends: by an error or without one, and a thread stays that is no daemon.
 ENDS = """
@@ -14,7 +25,7 @@ from fedgen_app.fleet import supernode
 
 def ends():
     threading.Thread(target=time.sleep, args=(120,)).start()
-    print("ended")
+    print("ended", flush=True)
     {how}
 
 supernode.flower_supernode = ends
@@ -22,14 +33,98 @@ supernode.main()
 """
 
 
-@pytest.mark.parametrize("how", ["return", "raise RuntimeError('500')"])
+IN_A_THREAD = "threading.Thread(target=int, args=('HTTP 500',), daemon=True).start(); time.sleep(60)"
+
+
+@pytest.mark.parametrize("how", ["return", "raise RuntimeError('500')", IN_A_THREAD])
 def test_no_thread_keeps_the_process_of_a_supernode_that_ended(how: str) -> None:
     ended = subprocess.run([sys.executable, "-c", ENDS.format(how=how)], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1 and ended.stdout == "ended\n"
-    assert ("RuntimeError: 500" in ended.stderr) == how.startswith("raise")
+    assert ("Error" in ended.stderr and "500" in ended.stderr) == (how != "return")
 
 
 def test_its_options_are_flowers() -> None:
     code = "from fedgen_app.fleet.supernode import main; main()"
     ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and "--auth-supernode-private-key" in ended.stdout
+
+
+@pytest.mark.parametrize("lost_at", ["object", "confirmation"])
+@pytest.mark.parametrize("mended", [True, False])
+def test_a_message_whose_run_ends_meanwhile_leaves_no_answer_for_the_next(lost_at: str, mended: bool) -> None:
+    """Flower's own loop does leave one: should that change, what mends it here can go."""
+    with Node(free_port(), None) as node:
+        fab = bundle()
+        done = node.put(fab)
+        address = f"127.0.0.1:{node.server.config.port}"
+        dispatcher = flower_task.dispatcher(address, None)
+        fetch(address, dispatcher)
+        for task in node.state.get_tasks(run_ids=[done]):
+            node.state.finish_task(task.task_id, "completed", "")
+        node.state.delete_messages()
+        message = Message(RecordDict({"config": ConfigRecord({})}), NODE, "query")
+        message.metadata.__dict__.update(_run_id=done, _message_id=message.object_id)
+        fetched = []
+
+        contents = {key: item.deflate() for key, item in get_all_nested_objects(message).items()}
+
+        def pull_object(_: int, identifier: str) -> bytes:
+            if not fetched:
+                fetched.append(True)
+                fetch(address, dispatcher)
+            if lost_at == "object":
+                raise RunNotRunningException
+            return contents[identifier]
+
+        def confirm(*_: Any) -> None:
+            raise RunNotRunningException
+
+        receive = supernode.receive if mended else supernode._receive
+        run = receive(
+            state=node.state,
+            object_store=node.objects,
+            node_config={},
+            receive=lambda: (message, get_object_tree(message)),
+            get_run=lambda _: None,
+            get_fab=lambda *_: None,
+            pull_object=pull_object,
+            confirm_message_received=confirm,
+            trusted_entities=None,
+        )
+        assert run is None and fetched
+        for token in node.state.task_token_store.values():  # type: ignore[attr-defined]
+            token.active_until = now() - timedelta(seconds=1)
+        assert bool(node.state.get_messages_legacy(is_reply=True)) != mended
+
+
+def fetch(address: str, dispatcher: Any) -> None:
+    """What a worker's child does first: it takes the task and its message's header."""
+    task = flower_task.acquire(dispatcher)
+    assert task
+    client = flower_task._connect(address, task.token, None)
+    client.PullTaskInput(PullTaskInputRequest())
+    client.PullMessages(PullAppMessagesRequest())
+    client.close()
+
+
+def test_an_answer_that_nobody_waits_for_is_dropped_before_the_next_message() -> None:
+    with Node(free_port(), None) as node:
+        node.put(bundle())
+        address = f"127.0.0.1:{node.server.config.port}"
+        task = flower_task.acquire(flower_task.dispatcher(address, None))
+        assert task and flower_task.answer_for(address, task, None)
+        assert (
+            supernode.receive(
+                state=node.state,
+                object_store=node.objects,
+                node_config={},
+                receive=lambda: None,
+                get_run=None,
+                get_fab=None,
+                pull_object=bytes,
+                confirm_message_received=print,
+                trusted_entities=None,
+            )
+            is None
+        )
+        assert not node.state.get_messages_legacy(is_reply=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -110,22 +111,22 @@ def _connect(address: str, token: str, retry: RetryInvoker | None) -> RuntimeHtt
     )
 
 
-def carry_out(address: str, task: Task, on_message: Callable[[bytes], None], on_whole: Callable[[], None]) -> Done:
+def carry_out(address: str, task: Task, on_message: Callable[[bytes], None]) -> Done:
     """Fetch the message, run the bundle's ClientApp on it, answer.
 
     An exception's text stays in this device's log: what is sent is Flower's code for it.
 
     Args:
         on_message: Called with the message's header, from which ``answer_for`` can answer in our place.
-        on_whole: Called when the rest of the message is there too.
 
     Raises:
-        httpx.HTTPError: the SuperNode is gone.
+        httpx.HTTPError: the SuperNode is gone, or has given the task up.
+        KeyboardInterrupt: it has given the task up while this worked.
     """
     retry = make_simple_http_retry_invoker()
     retry.max_time = PATIENCE
     client = _connect(address, task.token, retry)
-    beats = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    beats = HeartbeatSender(_interrupting(make_task_heartbeat_fn_http(client)))
     beats.start()
     given = client.PullTaskInput(PullTaskInputRequest())
     context, run, fab = context_from_proto(given.context), run_from_proto(given.run), fab_from_proto(given.fab)
@@ -133,7 +134,6 @@ def carry_out(address: str, task: Task, on_message: Callable[[bytes], None], on_
     header = client.PullMessages(PullAppMessagesRequest())
     on_message(header.SerializeToString())  # before anything else: it is given out only once
     message = _inflated(client, header, context)
-    on_whole()
     reply = _reply(message, context, run, fab)
     push_message(client, reply, context)
     failed = reply.has_error()
@@ -142,6 +142,19 @@ def carry_out(address: str, task: Task, on_message: Callable[[bytes], None], on_
     client.close()
     folder = get_project_dir(run.fab_id, run.fab_version, fab.hash_str)
     return Done(str(folder), None if failed else context)
+
+
+def _interrupting(beat: Callable[[], bool]) -> Callable[[], bool]:
+    """A heartbeat that ends the work where the token is taken for none: Flower's would end its own thread alone."""
+
+    def checked() -> bool:
+        try:
+            return beat()
+        except httpx.HTTPStatusError:
+            signal.raise_signal(signal.SIGINT)
+            return True
+
+    return checked
 
 
 def _header(pulled: PullAppMessagesResponse) -> Message:

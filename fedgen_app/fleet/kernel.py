@@ -61,7 +61,8 @@ def other_threads() -> list[str]:
     names = []
     for task in Path("/proc/self/task").iterdir():
         if task.name != str(os.getpid()):
-            names.append((task / "comm").read_text(encoding="utf-8").strip())
+            with contextlib.suppress(OSError):  # it has ended since
+                names.append((task / "comm").read_text(encoding="utf-8").strip())
     return sorted(name for name in names if name not in SAFE_THREADS)
 
 

@@ -58,12 +58,10 @@ class Progress:
 
     Attributes:
         until: When its message is too old to be answered, in seconds since 1970.
-        whole: Whether more than the header of its message has come.
     """
 
     header: bytes | None = None
     until: float = math.inf
-    whole: bool = False
     folder: str = ""
     facts: dict[str, Any] | None = None
     answered: bool = False
@@ -89,8 +87,6 @@ class Worker:
     said: tuple[str, float] = ("", 0.0)
     warm: Warm | None = None
     cold: set[str] = field(default_factory=set)
-    client: Any = None
-    next: Task | None = None
     _wake: socket.socket | None = None
 
     def run(self) -> None:
@@ -108,11 +104,11 @@ class Worker:
         """Reach a SuperNode and carry out its tasks for as long as it answers."""
         if (client := self._reach(flower)) is None:
             return
-        last, self.client, self.next = 0.0, client, None
+        last = 0.0
         with contextlib.closing(client):
             try:
                 while not self.stopping:
-                    task, self.next = self.next or flower.acquire(client), None
+                    task = flower.acquire(client)
                     if not last:  # who listens may yet refuse: only now are we let in
                         log.info("connected to the SuperNode at %s", self.address)
                         self.pause, self.said, last = FIRST_PAUSE, ("", 0.0), time.monotonic()
@@ -196,7 +192,8 @@ class Worker:
             spoke = self._wait(min(LOOK, max(0.0, progress.until - time.time())), warm.channel)
             if time.time() >= progress.until and ending:
                 return None
-            if not ending and self._hopeless(task, progress, spoke):
+            if not ending and time.time() >= progress.until:
+                log.error("task %d is ended: its message is valid no longer", task.number)
                 kernel.end_descendants(spared=warm.pid)
                 ending, progress.until = True, time.time() + LOOK  # so long has the warm process to tell of it
             if not spoke:
@@ -212,8 +209,6 @@ class Worker:
             if told["what"] == "message" and progress.header is None:  # what comes later is the app's
                 header = bytes.fromhex(told["header"])
                 progress.until, progress.header = expiry(header), header
-            elif told["what"] == "whole":
-                progress.whole = True
             elif told["what"] == "answered":
                 progress.answered = True
             elif told["what"] == "facts":
@@ -221,30 +216,6 @@ class Worker:
             elif told["what"] == "ended":
                 return int(told["status"])
         return None
-
-    def _hopeless(self, task: Task, progress: Progress, spoke: bool) -> bool:
-        """Whether nobody waits for a task's answer any more, or its message will never be whole.
-
-        A SuperNode receives one message after the other. Of one whose run ended meanwhile it lets go without a word,
-        and goes on to the next: if that is there, the rest of the one under way will not come.
-        """
-        import httpx
-
-        from fedgen_app.fleet import flower_task
-
-        if time.time() >= progress.until:
-            log.error("task %d is ended: its message is valid no longer", task.number)
-            return True
-        if spoke or progress.header is None or progress.whole:
-            return False
-        with contextlib.suppress(httpx.HTTPError, ValueError):
-            self.next = flower_task.acquire(self.client)
-        if self.next is not None:
-            log.warning(
-                "task %d is given up: the rest of its message never came, and the next one is there", task.number
-            )
-            progress.answered = True  # its run is over: nobody would take an answer
-        return self.next is not None
 
     def _prepare(self, bundle: str, folder: str, facts: dict[str, Any]) -> None:
         """Let the warm process open what the next task will want, while nobody waits for us."""

@@ -122,7 +122,6 @@ def _child(channel: socket.socket, address: str, task: flower_task.Task, threads
             address,
             task,
             on_message=lambda header: send(channel, "message", header=header.hex()),
-            on_whole=lambda: send(channel, "whole"),
         )
         send(channel, "answered")
         status = 0

@@ -178,7 +178,7 @@ def _metrics(metrics: Mapping[str, Any] | None) -> str:
 
 def basis(metrics: Mapping[str, Any]) -> str:
     """What a distance between images is worth: the extractor, n, and what real images have among themselves."""
-    if headline(metrics) not in ("fid", "kid"):
+    if headline(metrics) not in ("fid", "kid") or "samples" not in metrics:  # means over clients have no one basis
         return ""
     floor = f", floor {number(metrics['fid_floor'])}" if "fid_floor" in metrics else ""
     return f" (n {metrics['samples']}, {metrics['features']}{floor})"
