@@ -484,6 +484,33 @@ def test_one_measurement_is_drawn_against_bytes_where_these_differ(tmp_path: Pat
     assert "against-bytes.png" in {name for _, name in plots.draw(found, made, tmp_path)}
 
 
+def test_training_loss_is_drawn_where_rounds_are_counted_by_it(tmp_path: Path) -> None:
+    text = 'clients = 2\n[grid]\nlora.rank = [2, 4]\n[target]\nmetric = "{}"\nvalue = 90.0\n'
+    for metric, drawn in (("train_loss", True), ("word_perplexity", False)):
+        found = plan(text.format(metric))
+        one = results([90.0, 80.0], 80.0)
+        for number, loss in enumerate((100.0, None)):
+            one["rounds"][number]["train_loss"] = loss
+        made = rows_of([records.read(run, one, found.target) for run in found.runs])
+        assert made[0].records[0].losses == {1: 100.0}
+        assert ("train-loss.png" in {name for _, name in plots.draw(found, made, tmp_path)}) == drawn
+
+
+def test_gains_stand_side_by_side_where_all_clients_have_as_many_examples(tmp_path: Path) -> None:
+    found = plan("clients = 2\n[grid]\nlora.rank = [2, 4]")
+    for counts, against in (((10, 10), False), ((10, 20), True)):
+        one = results([90.0], 80.0)
+        state = {"word_perplexity": 2.0}
+        one["personal"] = [
+            {"client": client, "examples": count, "frozen": state, "global": state, "personal": state}
+            for client, count in enumerate(counts)
+        ]
+        one["final"]["personal"] = dict.fromkeys(("frozen", "global", "personal"), state)
+        made = rows_of([records.read(run, one, None) for run in found.runs])
+        titles = [title for title, name in plots.draw(found, made, tmp_path) if name == "personal-gain.png"]
+        assert [("against" in title) for title in titles] == [against]
+
+
 def test_signs_stand_once_for_each_point(sweep: Sweep) -> None:
     swings = results([90.0], 80.0, signs=["unstable aggregation: 18%; do this"])
     found = gathered(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fedgen_app.settings import Value
 from fedgen_app.sweeps.markdown import point_name, sections, shared_adapter, words
 from fedgen_app.sweeps.plan import Sweep, shown
-from fedgen_app.sweeps.records import Row, spread
+from fedgen_app.sweeps.records import Row, Spread, spread
+from fedgen_app.sweeps.spec import TRAIN_LOSS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +35,7 @@ def draw(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, str
     for axis, values in sweep.axes.items():
         if len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
             made += _along(sweep, rows, axis, output)
+    made += _losses(sweep, rows, output)
     made += _gains(sweep, rows, output)
     return made
 
@@ -120,6 +122,11 @@ def _course(axes: Axes, row: Row, metric: str, factor: int, number: int, label: 
     if factor:
         sent = [spread([float(c.uplink[p[i]]) for c, p in zip(curves, at, strict=True)]) for i in range(len(rounds))]
         x = [one.mean / factor for one in sent]
+    _line(axes, x, found, number, label)
+
+
+def _line(axes: Axes, x: Sequence[float], found: Sequence[Spread], number: int, label: str) -> None:
+    """Means, with a band of one deviation; of one point a bar."""
     y, wide = [one.mean for one in found], [one.deviation or 0.0 for one in found]
     colour = _colour(number)
     axes.plot(x, y, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4, label=_plain(label))
@@ -127,6 +134,28 @@ def _course(axes: Axes, row: Row, metric: str, factor: int, number: int, label: 
         axes.errorbar(x, y, yerr=wide, color=colour, capsize=3)
     low, high = [a - b for a, b in zip(y, wide, strict=True)], [a + b for a, b in zip(y, wide, strict=True)]
     axes.fill_between(x, low, high, color=colour, alpha=BAND, linewidth=0)
+
+
+def _losses(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, str]]:
+    """The clients' training loss after each round, where that is what the rounds are counted by."""
+    from matplotlib.ticker import MaxNLocator
+
+    there = [row for row in rows if any(record.losses for record in row.done)][:LINES]
+    if sweep.target is None or sweep.target.metric != TRAIN_LOSS or not there:
+        return []
+    figure, (axes,) = _canvas()
+    for number, row in enumerate(there):
+        known = [record.losses for record in row.done if record.losses]
+        rounds = sorted(set.intersection(*(set(losses) for losses in known)))
+        found = [spread([losses[n] for losses in known]) for n in rounds]
+        _line(axes, [float(n) for n in rounds], found, number, point_name(sweep, row))
+    axes.axhline(sweep.target.value, color="#555555", linestyle=":", label="target")
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.set_ylabel(f"{words(TRAIN_LOSS)}, mean over the clients")
+    axes.set_title(_plain(sweep.title), fontsize="medium")
+    _save(figure, axes, output / "train-loss.png", 2)
+    return [(f"{words(TRAIN_LOSS)} against rounds", "train-loss.png")]
 
 
 def _along(sweep: Sweep, rows: Sequence[Row], axis: str, output: Path) -> list[tuple[str, str]]:
@@ -196,17 +225,22 @@ def _gains(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, s
     if not there:
         return []
     figure, (axes,) = _canvas()
+    counts = [count for row in there for record in row.done for count, _ in record.clients]
+    alike = max(counts) <= ALIKE * min(counts)  # then the examples tell nothing apart, and rows stand side by side
     for number, row in enumerate(there):
-        dots = [dot for record in row.done for dot in record.clients]
+        dots = [(number if alike else count, gain) for record in row.done for count, gain in record.clients]
         x, y = [count for count, _ in dots], [100 * gain for _, gain in dots]
         look = {"color": _colour(number), "marker": MARKERS[number % len(MARKERS)], "alpha": 0.7, "s": 22}
         axes.scatter(x, y, label=_plain(point_name(sweep, row)), **look)
     axes.axhline(0.0, color="#555555", linewidth=1)
-    counts = [count for row in there for record in row.done for count, _ in record.clients]
+    if alike:
+        axes.set_xticks([])
+        axes.set_xlabel(f"clients, each with {counts[0]} training examples (of texts: rows)")
+    else:
+        axes.set_xlabel("training examples of a client (of texts: rows)")
     if max(counts) > WIDE * min(counts):
         axes.set_xscale("log")
-    axes.set_xlabel("training examples of a client (of texts: rows)")
     axes.set_ylabel(f"personal gain over {shared_adapter(sweep)}, %")
     _save(figure, axes, output / "personal-gain.png", len(there))
-    title = "gain of each client's personal adapter against its training examples"
+    title = "gain of each client's personal adapter" + ("" if alike else " against its training examples")
     return [(title + (f", without the last {left_out} rows" if left_out else ""), "personal-gain.png")]

@@ -46,6 +46,7 @@ class Record:
             on the clients' hold-outs), ``adjusted_rand`` of clusters, bytes, rounds to the target, seconds. What was
             not measured is not there.
         heads: The headline metrics of the server's test set and of the clients' hold-outs; "" where there is none.
+        losses: The clients' mean training loss, by round; without the rounds in which nobody trained.
         basis: What the server's figure hangs on beside the metric: extractor and number of images.
     """
 
@@ -59,6 +60,7 @@ class Record:
     task: str = ""
     reached: bool | None = None
     curve: Curve | None = None
+    losses: Mapping[int, float] = field(default_factory=dict)
     clients: tuple[tuple[int, float], ...] = ()
     signs: tuple[str, ...] = ()
 
@@ -119,6 +121,7 @@ def read(run: Run, results: Mapping[str, Any], target: Target | None) -> Record:
         task=results["task"],
         reached=reached,
         curve=curve,
+        losses={e["round"]: e["train_loss"] for e in results["rounds"] if e.get("train_loss") is not None},
         clients=entries,
         signs=tuple(results.get("signs", ())),
     )
