@@ -130,6 +130,35 @@ def test_a_reply_that_cannot_be_read_costs_the_others_nothing(link: SuperLink, c
     assert set(replies.messages) == {first, third} and replies.unreadable == {second} and seconds < SLACK
 
 
+def test_a_reply_larger_than_any_method_sends_is_not_kept(link: SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MOST_BARE", 2000)
+    fetched: list[str] = []
+    make = uploads.make_pull_object_fn_protobuf
+
+    def counted(*arguments: object) -> Callable[[str], bytes]:
+        fetch = make(*arguments)  # type: ignore[arg-type]
+
+        def one(identifier: str) -> bytes:
+            fetched.append(identifier)
+            return fetch(identifier)
+
+        return one
+
+    monkeypatch.setattr(uploads, "make_pull_object_fn_protobuf", counted)
+
+    def answer(number: int, question: Message) -> None:
+        own = reply(question)
+        if number == 1:
+            arrays = [np.random.default_rng(n).normal(size=500) for n in range(30)]
+            own = Message(RecordDict({"a": ArrayRecord(arrays)}), reply_to=question)
+        link.announce(own).send()
+
+    replies, _ = asked(link, answer, Patience(60))
+    first, second, third = link.nodes
+    assert set(replies.messages) == {first, third} and replies.unreadable == {second}
+    assert len(fetched) < 20  # of the thirty arrays none but the first
+
+
 def test_nobody_answers_for_another(link: SuperLink) -> None:
     questions: list[Message] = []
 
@@ -165,7 +194,7 @@ def test_a_turn_ends_however_much_there_is_and_the_next_goes_on(
     identifiers = list(link.grid.push_messages(questions))
     for question in questions:
         link.announce(reply(question)).send()
-    pulled = Uploads(link.grid)
+    pulled = Uploads(link.grid, 0)
     fetch, fetched = pulled._fetch, []
 
     def slowly(identifier: str) -> bytes:

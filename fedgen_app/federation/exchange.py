@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -16,6 +16,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedgen_app.errors import RunError
 from fedgen_app.federation.uploads import Uploads
+from fedgen_app.federation.wire import byte_size
 
 # A message stays valid a little longer than anyone waits for it, and then it is gone from the SuperLink too.
 TTL_MARGIN = 60.0
@@ -74,7 +75,7 @@ def collect(
     # A grid that runs the clients itself, one after the other, stops its clock while they work.
     now = getattr(grid, "clock", time.monotonic)
     end = now() + patience.deadline
-    pull = _puller(grid)
+    pull = _puller(grid, outgoing)
     pause, quorum_reached = POLL_SECONDS[0], False
     while waiting and now() < end:
         arrived, broken = pull(list(waiting))
@@ -94,12 +95,14 @@ def collect(
     return result
 
 
-def _puller(grid: Grid) -> Callable[[list[str]], tuple[list[Message], list[str]]]:
+def _puller(grid: Grid, outgoing: Sequence[Message]) -> Callable[[list[str]], tuple[list[Message], list[str]]]:
     """How the replies to some ids are pulled: those that are there, and the ids of those that cannot be put together.
 
     A SuperLink hands out replies that a device is still sending; the other grids have whole ones alone.
     """
-    return Uploads(grid).pull if isinstance(grid, HttpGrid) else lambda wanted: (list(grid.pull_messages(wanted)), [])
+    if isinstance(grid, HttpGrid):
+        return Uploads(grid, max(map(byte_size, outgoing), default=0)).pull
+    return lambda wanted: (list(grid.pull_messages(wanted)), [])
 
 
 def _take(message: Message, waiting: dict[str, int], result: Replies) -> None:

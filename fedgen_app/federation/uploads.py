@@ -32,6 +32,8 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.superlink.grid.http_grid import HttpGrid
 
+MOST_BARE = 16 * 1024**2  # bytes of a reply, whatever the message that it answers
+MOST_TIMES = 8  # that message's size: methods send back an adapter, some with as much of their own beside it
 TURN = 1.0  # seconds after which a turn ends, however much there is to fetch
 log = logging.getLogger(__name__)
 
@@ -45,18 +47,26 @@ class Upload:
         identifier: Its own.
         missing: Ids of its parts that have not been fetched, the last one first.
         parts: The others.
+        size: Bytes of those.
     """
 
     question: str
     identifier: str
     missing: list[str]
     parts: dict[str, bytes] = field(default_factory=dict)
+    size: int = 0
 
 
 class Uploads:
-    """The replies to one batch of messages."""
+    """The replies to one batch of messages.
 
-    def __init__(self, grid: HttpGrid) -> None:
+    Args:
+        asked: Bytes of the largest of these. A reply may have ``MOST_TIMES`` as many, and ``MOST_BARE`` more: what
+            else a device sends would be the memory of the ServerApp, and the end of the run.
+    """
+
+    def __init__(self, grid: HttpGrid, asked: int) -> None:
+        self._most = MOST_BARE + MOST_TIMES * asked
         self._client, self._node, self._run = grid._runtime_client, grid.node, grid.run.run_id
         self._fetch = make_pull_object_fn_protobuf(self._client.PullObject, self._node, self._run)
         self._confirm = make_confirm_message_received_fn_protobuf(
@@ -112,10 +122,15 @@ class Uploads:
         """
         while upload.missing and time.monotonic() < end:
             try:
-                upload.parts[upload.missing[-1]] = self._fetch(upload.missing[-1])
+                part = self._fetch(upload.missing[-1])
             except ObjectUnavailableError:
                 return False
-            upload.missing.pop()
+            upload.parts[upload.missing.pop()] = part
+            upload.size += len(part)
+            if upload.size > self._most:
+                log.warning("a reply has more than %d bytes", self._most)
+                upload.parts.clear()  # which cannot be put together
+                return True
         return not upload.missing
 
     def _put_together(self, upload: Upload) -> Message | None:
