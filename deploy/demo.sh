@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A whole fleet on this machine, for a few minutes: SuperLink and SuperExec, nginx, three devices with keys and data of
 # their own, each a SuperNode and its warm worker. Runs the bundled language job over them, checks what came out, and
-# takes everything down. Needs an environment with fedgen-edge (.venv, or FEDGEN_ENVIRONMENT=FOLDER) and nginx
+# takes everything down; where a check fails the folder stays, with its logs. Needs an environment with fedgen-edge (.venv, or FEDGEN_ENVIRONMENT=FOLDER) and nginx
 # (FEDGEN_NGINX=FILE where it is not on PATH). Nothing listens beyond loopback; nothing is left but with --keep.
 set -euo pipefail
 
@@ -55,8 +55,10 @@ take_down() {
 end_processes(Path(sys.argv[1]))' "$work" || true
     wait
     if [ "$failed" = yes ]; then
-        for log in "$work"/logs/*; do [ -s "$log" ] && { echo "--- $(basename "$log")"; tail -n 12 "$log"; }; done >&2
-        keep=yes
+        if [ "$status" -lt 128 ]; then  # else it was interrupted, and nobody asks why
+            for log in "$work"/logs/*; do [ -s "$log" ] && { echo "--- $(basename "$log")"; tail -n 12 "$log"; }; done >&2
+            keep=yes
+        fi
     fi
     if [ "$keep" = yes ]; then say "kept: $work"; else rm -rf "$work"; fi
     if [ "$failed" = yes ]; then

@@ -13,7 +13,8 @@ from networks import network_settings
 from pipelines import MAKERS, image_settings
 from torch import nn
 
-from fedgen_app.errors import BackboneError, SettingsError
+from fedgen_app.errors import BackboneError, RunError, SettingsError
+from fedgen_app.fleet import estimate as estimating
 from fedgen_app.fleet.devices import CLASSES, TOGETHER, Device, measured
 from fedgen_app.fleet.estimate import estimate
 from fedgen_app.learning.backbone import load_task, open_backbone, outlined
@@ -66,6 +67,12 @@ def test_a_roofline_by_hand() -> None:
 def test_this_machine_is_measured() -> None:
     found = measured(torch.device("cpu"), torch.float32)
     assert found.name == "this" and found.multiplies["float32"] > 1e8 and found.moves > 1e7 and 0 < found.start < 1
+
+
+def test_libraries_that_the_memory_does_not_hold_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimating, "IMPORTED", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(RunError, match="cannot be imported: killed by signal 9"):
+        estimating.libraries.__wrapped__("language")
 
 
 @pytest.mark.parametrize("bits", [0, 4, 8])

@@ -272,6 +272,33 @@ def test_the_devices_common_key_is_made_once_and_never_goes_to_the_server(made: 
     assert content(made, "clusters/cluster.key") == key
 
 
+def test_the_devices_common_key_can_be_made_anew_and_a_damaged_one_is_named(made: Path) -> None:
+    text = "cluster-key = true\n" + FLEET
+    again(made, text)
+    key = content(made, "clusters/cluster.key")
+    assert f"install again: {made}/devices/12.tar" in again(made, text, "--new-cluster-key")
+    new = content(made, "clusters/cluster.key")
+    assert new != key and members(made / "devices" / "12.tar")["fedgen-12/cluster.key"][0] == new
+    (made / "clusters" / "cluster.key").write_text("short")
+    ended = command("provision", write(made.parent, text), "--output", made)
+    assert ended.status == 2 and "clusters/cluster.key: 5 bytes, should be" in ended.err
+    ended = command("provision", write(made.parent), "--output", made, "--new-cluster-key")
+    assert ended.status == 2 and "--new-cluster-key: the fleet file does not say cluster-key = true" in ended.err
+
+
+def test_a_common_key_is_placed_where_the_fleet_has_one_and_never_from_an_older_archive(tmp_path: Path) -> None:
+    made, key = local_fleet(tmp_path), tmp_path / "etc" / "12" / "cluster.key"
+    fleet = (tmp_path / "fleet.toml").read_text()
+    again(made, "cluster-key = true\n" + fleet)
+    options = (tmp_path / "unpacked", "--files-only", "--offline")
+    assert install(made, "12", *options).returncode == 0
+    assert key.read_bytes() == content(made, "clusters/cluster.key") and stat.S_IMODE(key.stat().st_mode) == 0o600
+    again(made, fleet)  # from now on someone copies one there
+    key.write_text("another one, of which provisioning knows nothing")
+    assert install(made, "12", *options).returncode == 0
+    assert (tmp_path / "unpacked" / "fedgen-12" / "cluster.key").exists() and key.read_text().startswith("another")
+
+
 def test_secrets_are_readable_for_their_owner_alone(made: Path) -> None:
     open_to_all = {"ca.crt", "server.crt", "nginx.conf"}
     for path in [made, *made.rglob("*")]:

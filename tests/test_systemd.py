@@ -29,7 +29,7 @@ pytestmark = [
         reason="needs root, systemd-nspawn and nginx, and a checkout and an environment that do not lie in /tmp",
     ),
 ]
-# Warm with a folder of its own, warm with the bundled model, cold: each has another unit.
+# Warm with a limit of its memory, warm without one, cold: each has other units.
 DEVICES = {"ant": "memory = '4GB'\n", "bee": "", "cat": "warm = false\n"}
 # Where things lie inside: services have a /tmp of their own.
 HERE, MODEL, DATA = "/srv/operator", "/srv/model", "/srv/data"
@@ -99,11 +99,13 @@ def booted(layer: Path, folder: Path) -> Iterator[Machine]:
             time.sleep(0.2)
         yield machine
     finally:
-        if process is not None:
-            for child in psutil.Process(process.pid).children():
-                child.kill()  # the first process of the container, and with it all others
-            process.wait(60)
-        subprocess.run(["umount", "--recursive", layer], check=True)
+        try:
+            if process is not None and process.poll() is None:
+                for child in psutil.Process(process.pid).children():
+                    child.kill()  # the first process of the container, and with it all others
+                process.wait(60)
+        finally:
+            subprocess.run(["umount", "--recursive", "--lazy", layer], check=True)
 
 
 @pytest.fixture
@@ -145,13 +147,16 @@ def test_a_fleet_is_installed_and_works_under_systemd(machine: Machine) -> None:
     assert any(text in early for text in told) and "and has reached" not in early, early
     register = (*RUN, str(FEDGEN), "register", "/etc/fedgen/server", "--superlink", "clinic")
     assert machine.run(*register).splitlines() == [f"registered {device}" for device in DEVICES]
-    for device in DEVICES:
+    for device in list(DEVICES)[1:]:
         machine.run("tar", "-xf", f"clinic/devices/{device}.tar")
         said = machine.run(f"./fedgen-{device}/install.sh")
         assert f"ok: service fedgen-supernode-{device} runs, and has reached the server" in said
 
+    until_reached(machine, "ant", 0)  # by itself, now that it is registered; its worker has been there all the time
+    assert machine.run("systemctl", "is-active", "fedgen-worker-ant") == "active\n"
+
     run(machine, "first", rounds=1)
-    superexec = machine.main_process("fedgen-superexec")
+    before = [machine.main_process(f"fedgen-{service}") for service in ("superlink", "superexec")]
     check_isolation(machine)
 
     # Another device comes: what runs goes on, and nobody else is installed anew.
@@ -161,17 +166,28 @@ def test_a_fleet_is_installed_and_works_under_systemd(machine: Machine) -> None:
     machine.run("tar", "-xf", "clinic/server.tar")
     said = machine.run("./fedgen-server/install.sh")
     assert "ok: service fedgen-superexec runs as before" in said
-    assert machine.main_process("fedgen-superexec") == superexec
+    assert [machine.main_process(f"fedgen-{service}") for service in ("superlink", "superexec")] == before
     assert machine.run(*register) == "registered dog\n"
 
     # A SuperNode that dies comes back by itself once the SuperLink takes it again, and its work goes on.
     reached = times_reached(machine, "cat")
     machine.run("systemctl", "kill", "--signal=KILL", "fedgen-supernode-cat.service")
+    until_reached(machine, "cat", reached)
+    run(machine, "second", rounds=1)
+
+    # What nginx refuses takes the place of nothing that it serves.
+    machine.run("sh", "-c", "echo nonsense > fedgen-server/nginx.conf")
+    assert "nginx refuses" in machine.run("sh", "-c", "./fedgen-server/install.sh 2>&1 || true")
+    machine.run("nginx", "-t")
+    assert "nonsense" not in machine.run("cat", "/etc/nginx/conf.d/fedgen-clinic.conf")
+
+
+def until_reached(machine: Machine, device: str, times: int) -> None:
+    """Until a device's SuperNode has reached the SuperLink once more than so many times."""
     end = time.monotonic() + 300
-    while times_reached(machine, "cat") == reached:
+    while times_reached(machine, device) == times:
         assert time.monotonic() < end, machine.logs()
         time.sleep(2)
-    run(machine, "second", rounds=1)
 
 
 def times_reached(machine: Machine, device: str) -> int:

@@ -20,10 +20,13 @@ def provision(
     new_key: Annotated[
         list[str] | None, typer.Option("--new-key", metavar="ID", help="Another key for this device; repeatable.")
     ] = None,
+    new_cluster_key: Annotated[
+        bool, typer.Option("--new-cluster-key", help="Another common key for all devices.")
+    ] = False,
 ) -> None:
     """Make certificates, keys, services and an archive per machine; what is there already stays."""
     fleet = spec.read(file)
-    outcome = make(fleet, output, renew, new_key or ())
+    outcome = make(fleet, output, renew, new_key or (), new_cluster_key)
     for line in _lines(fleet, output, outcome):
         print(line)
 

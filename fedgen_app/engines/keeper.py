@@ -229,6 +229,11 @@ def last_lines(printed: bytes, count: int = 12) -> str:
     return "\n".join([line.rstrip() for line in plain.splitlines() if line.strip()][-count:])
 
 
+def ended_with(status: int) -> str:
+    """How a process ended that said nothing else."""
+    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+
+
 def program(name: str) -> str:
     """Path of one of Flower's console commands; RunError where it is not installed."""
     # Beside the interpreter and not on PATH, where another environment's Flower may come first.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedgen_app.engines.keeper import ended_with, last_lines
 from fedgen_app.errors import RunError, SettingsError
 from fedgen_app.federation.compatibility import check_method
 from fedgen_app.federation.method import Method
@@ -125,9 +126,10 @@ def libraries(task: str) -> int:
         RunError: it does not get so far.
     """
     command = [sys.executable, "-c", IMPORTED, str(ROOT), task.replace("-", "_")]
-    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
-    if ended.returncode:
-        raise RunError(f"a client's libraries cannot be imported: {ended.stderr.strip().splitlines()[-1]}")
+    ended = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    if ended.returncode:  # killed for lack of memory, it says nothing
+        reason = last_lines(ended.stderr, 1) or ended_with(ended.returncode)
+        raise RunError(f"a client's libraries cannot be imported: {reason}")
     return int(ended.stdout.split()[-1])
 
 

@@ -132,7 +132,7 @@ def carry_out(address: str, task: Task, on_message: Callable[[bytes], None]) -> 
     context, run, fab = context_from_proto(given.context), run_from_proto(given.run), fab_from_proto(given.fab)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, context.run_id, context.node_id
     header = client.PullMessages(PullAppMessagesRequest())
-    on_message(header.SerializeToString())  # before anything else: it is given out only once
+    on_message(_without_parts(header))  # before anything else: it is given out only once
     message = _inflated(client, header, context)
     reply = _reply(message, context, run, fab)
     push_message(client, reply, context)
@@ -142,6 +142,15 @@ def carry_out(address: str, task: Task, on_message: Callable[[bytes], None]) -> 
     client.close()
     folder = get_project_dir(run.fab_id, run.fab_version, fab.hash_str)
     return Done(str(folder), None if failed else context)
+
+
+def _without_parts(pulled: PullAppMessagesResponse) -> bytes:
+    """A message's header as ``answer_for`` needs it: of a large model the ids of its parts alone are long."""
+    short = PullAppMessagesResponse()
+    short.CopyFrom(pulled)
+    for tree in short.message_object_trees:
+        tree.ClearField("children")
+    return bytes(short.SerializeToString())
 
 
 def _interrupting(beat: Callable[[], bool]) -> Callable[[], bool]:

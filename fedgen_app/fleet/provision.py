@@ -22,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fedgen_app.errors import LockedError, SettingsError
+from fedgen_app.federation.protection import read_key
 from fedgen_app.files import to_json, write_atomic
 from fedgen_app.fleet import certificates, render
 from fedgen_app.fleet.registration import LOCK, RECORD
@@ -55,25 +56,30 @@ class Outcome:
     changed: tuple[str, ...]
 
 
-def provision(fleet: Fleet, output: Path, renew: bool = False, new_keys: Collection[str] = ()) -> Outcome:
+def provision(
+    fleet: Fleet, output: Path, renew: bool = False, new_keys: Collection[str] = (), new_cluster_key: bool = False
+) -> Outcome:
     """Write everything.
 
     Args:
         renew: Make the server's certificate, its key and the SuperExec's secret anew, and the authority's certificate
             where it would end before the server's.
         new_keys: Devices that get another key.
+        new_cluster_key: Make the devices' common key anew.
 
     Raises:
-        SettingsError: the folder is something else, cannot be written, there is no such device, or the authority's
-            key is missing where something has to be signed.
+        SettingsError: the folder is something else, cannot be written, there is no such device, the fleet has no
+            common key or a damaged one, or the authority's key is missing where something has to be signed.
         LockedError: another process is at it.
     """
+    if new_cluster_key and not fleet.cluster_key:
+        raise SettingsError("--new-cluster-key: the fleet file does not say cluster-key = true")
     _check(fleet, output, new_keys)
     try:
         output.mkdir(parents=True, exist_ok=True, mode=0o700)
         output.chmod(0o700)
         with FileLock(output / ".lock", timeout=0):
-            return _write(fleet, output, renew, new_keys)
+            return _write(fleet, output, renew, new_keys, new_cluster_key)
     except Timeout:
         raise LockedError(f"{output}: another process is writing there") from None
     except OSError as error:
@@ -99,7 +105,7 @@ def _check(fleet: Fleet, output: Path, new_keys: Collection[str]) -> None:
         raise SettingsError(f"name = {fleet.name!r}: --output {output} holds the fleet {name!r}")
 
 
-def _write(fleet: Fleet, output: Path, renew: bool, new_keys: Collection[str]) -> Outcome:
+def _write(fleet: Fleet, output: Path, renew: bool, new_keys: Collection[str], new_cluster_key: bool) -> Outcome:
     write_atomic(output / IGNORE, b"*\n")
     write_atomic(output / MARK, to_json({"schema": 1, "name": fleet.name, "devices": [d.id for d in fleet.device]}))
     ca_renewed, ca = _authority(fleet, output / "ca", renew)
@@ -113,7 +119,7 @@ def _write(fleet: Fleet, output: Path, renew: bool, new_keys: Collection[str]) -
     removed = sorted(there - set(here))
     new = tuple(device for device, folder in here.items() if not (folder / "device.key").exists())
     rekeyed = tuple(device for device in here if device in new_keys and device not in new)
-    cluster_key = _cluster_key(output / "clusters") if fleet.cluster_key else b""
+    cluster_key = _cluster_key(output / "clusters", new_cluster_key) if fleet.cluster_key else b""
     public, changed = {}, []
     for device in fleet.device:
         file = here[device.id] / "device.key"
@@ -155,11 +161,16 @@ def _authority(fleet: Fleet, folder: Path, renew: bool) -> tuple[str, bytes]:
     return reason, file.read_bytes()
 
 
-def _cluster_key(folder: Path) -> bytes:
-    """What turns the encoded requirements of all devices alike; made once, as clusters are formed with it."""
+def _cluster_key(folder: Path, anew: bool) -> bytes:
+    """What turns the encoded requirements of all devices alike; made once, as clusters are formed with it.
+
+    Raises:
+        SettingsError: the file that is there holds no such key.
+    """
     file = folder / render.CLUSTER_KEY
-    if not file.exists():
+    if anew or not file.exists():
         _put(file, base64.b64encode(secrets.token_bytes(CLUSTER_KEY_BYTES)) + b"\n", render.SECRET)
+    read_key(file)
     return file.read_bytes()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -138,5 +137,5 @@ def _answer(command: list[str]) -> Mapping[str, Any]:
         answer = {}
     if ended.returncode or not isinstance(answer, dict) or not answer.get("success"):
         said = answer.get("error-message") or keeper.last_lines(ended.stderr + ended.stdout)
-        raise RunError(f"{Path(command[0]).name} {said_as}: {str(said).strip() or os.strerror(ended.returncode)}")
+        raise RunError(f"{Path(command[0]).name} {said_as}: {str(said).strip() or keeper.ended_with(ended.returncode)}")
     return answer

@@ -123,6 +123,7 @@ def device_files(fleet: Fleet, device: Device, ca: bytes, key: bytes, cluster_ke
         "data": shlex.quote(device.data),
         "paths": " ".join(shlex.quote(path) for path in device.paths().values()),
         "warm": "yes" if device.warm else "no",
+        "common_key": "yes" if cluster_key and not device.cluster_key else "no",
         "limits": f"MemoryMax={device.memory + ROOM}"
         if device.memory
         else "# No memory in the fleet file: no MemoryMax.",

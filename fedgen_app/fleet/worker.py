@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from fedgen_app.engines.keeper import ended_with
 from fedgen_app.fleet import kernel
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ class Worker:
         if status is None and progress.header is None and not (progress.answered or self.stopping):
             status = self._attempt(task, progress)  # the warm process had died before: the task is still whole
         if not progress.answered:
-            log.error("task %d ended without an answer, %s", task.number, _told(status))
+            told = "given up" if status is None else ended_with(status)
+            log.error("task %d ended without an answer, %s", task.number, told)
             flower.answer_for(self.address, task, progress.header)
         log.info("task %d: %.1f s", task.number, time.monotonic() - began)
         if progress.facts and task.bundle not in self.cold and not self.stopping:
@@ -301,9 +303,3 @@ def _short(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     refused = " (its secret is another one, or it wants one)" if status in (401, 403) else ""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{refused}"
-
-
-def _told(status: int | None) -> str:
-    if status is None:
-        return "given up"
-    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"

@@ -4,7 +4,7 @@
 set -eu
 @{common}
 make_user
-target="@{config}/@{id}" warm=@{warm}
+target="@{config}/@{id}" warm=@{warm} common_key=@{common_key}
 if [ "$files_only" = yes ]; then install -d -m 0755 "@{config}" "@{state}"; else install -d -m 0755 -o root -g root "@{config}" "@{state}"; fi ||
     die "@{config} cannot be made"
 folder 0700 "$target"
@@ -12,7 +12,7 @@ folder 0700 "@{state}/@{id}"
 place 0644 ca.crt "$target/ca.crt"
 place 0600 device.key "$target/device.key"
 place 0600 node.toml "$target/node.toml"
-if [ -f "$here/cluster.key" ]; then place 0600 cluster.key "$target/cluster.key"; fi
+if [ "$common_key" = yes ]; then place 0600 cluster.key "$target/cluster.key"; fi
 place 0755 supernode.sh "$target/supernode.sh"
 if [ "$warm" = yes ]; then place 0755 worker.sh "$target/worker.sh"; else rm -f "$target/worker.sh"; fi
 if [ -e "$target/policy.toml" ]; then say "ok: $target/policy.toml stays as it is"; else place 0600 policy.toml "$target/policy.toml"; fi
@@ -30,14 +30,14 @@ if [ "$offline" = no ]; then
 fi
 if [ "$files_only" = no ]; then
     place_unit "fedgen-supernode-@{id}"
-    if [ "$warm" = yes ]; then place_unit "fedgen-worker-@{id}"; fi  # both are there, whatever becomes of the first
-    serve "fedgen-supernode-@{id}" "SuperNode ID:" \
-        " (if the SuperLink does not know this device yet: fedgen register, on the server; the service tries again by itself)"
-    if [ "$warm" = yes ]; then
+    if [ "$warm" = yes ]; then  # before the SuperNode, for which it waits: that may be refused, and comes back by itself
+        place_unit "fedgen-worker-@{id}"
         serve "fedgen-worker-@{id}"
     elif [ -e "$units/fedgen-worker-@{id}.service" ]; then  # of an earlier installation
         systemctl disable --now "fedgen-worker-@{id}.service" || die "the service fedgen-worker-@{id} cannot be ended"
         rm "$units/fedgen-worker-@{id}.service"
     fi
+    serve "fedgen-supernode-@{id}" "SuperNode ID:" \
+        " (if the SuperLink does not know this device yet: fedgen register, on the server; the service tries again by itself)"
 fi
 say "installed. What it says: journalctl -f -u 'fedgen-*-@{id}'"
