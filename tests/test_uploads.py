@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK
 from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import ObjectTree
 from superlinks import SuperLink
@@ -157,6 +158,23 @@ def test_a_reply_larger_than_any_method_sends_is_not_kept(link: SuperLink, monke
     first, second, third = link.nodes
     assert set(replies.messages) == {first, third} and replies.unreadable == {second}
     assert len(fetched) < 20  # of the thirty arrays none but the first
+
+
+@pytest.mark.parametrize("most", [1.5, 3.5])
+def test_chunks_count_as_often_as_an_array_names_them(
+    most: float, link: SuperLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "MOST_BARE", most * CHUNK)
+
+    def answer(number: int, question: Message) -> None:
+        own = reply(question)
+        if number == 1:  # three chunks, all the same: one is sent
+            own = Message(RecordDict({"a": ArrayRecord([np.zeros(3 * CHUNK, np.uint8)])}), reply_to=question)
+        link.announce(own).send()
+
+    replies, _ = asked(link, answer, Patience(60))
+    assert replies.unreadable == ({link.nodes[1]} if most < 3 else set())
+    assert set(replies.messages) == set(link.nodes) - replies.unreadable
 
 
 def test_nobody_answers_for_another(link: SuperLink) -> None:

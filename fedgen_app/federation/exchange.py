@@ -72,10 +72,10 @@ def collect(
             waiting[identifier] = message.metadata.dst_node_id
     # A little less: 0.55 * 100 is 55.00000000000001.
     needed = max(1, math.ceil(patience.quorum * len(outgoing) - 1e-9))
+    pull = _puller(grid, outgoing)
     # A grid that runs the clients itself, one after the other, stops its clock while they work.
     now = getattr(grid, "clock", time.monotonic)
     end = now() + patience.deadline
-    pull = _puller(grid, outgoing)
     pause, quorum_reached = POLL_SECONDS[0], False
     while waiting and now() < end:
         arrived, broken = pull(list(waiting))

@@ -9,18 +9,24 @@ Calls Flower's internals; they hold for Flower 1.41, which the package pins.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from flwr.app import Error, Message, Metadata
+from flwr.app import Array, Error, Message, Metadata
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_children_ids_from_object_content,
+    get_object_type_from_object_content,
+    iterate_object_tree,
+)
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
@@ -128,15 +134,17 @@ class Uploads:
             upload.parts[upload.missing.pop()] = part
             upload.size += len(part)
             if upload.size > self._most:
-                log.warning("a reply has more than %d bytes", self._most)
-                upload.parts.clear()  # which cannot be put together
+                upload.parts.clear()
                 return True
         return not upload.missing
 
     def _put_together(self, upload: Upload) -> Message | None:
-        """The reply; None: its bytes are none, or it says that it answers another message."""
+        """The reply; None: it is too large, its bytes are none, or it says that it answers another message."""
         self._confirm(upload.identifier)
         try:
+            if max(upload.size, _unfolded(upload.parts)) > self._most:
+                log.warning("a reply has more than %d bytes", self._most)
+                return None
             message = inflate_object_from_contents(upload.identifier, upload.parts)
         except Exception as error:  # whatever a hostile reply's bytes provoke
             log.warning("a reply cannot be read: %s", type(error).__name__)
@@ -160,3 +168,13 @@ class Uploads:
             message_type=SYSTEM_MESSAGE_TYPE,
         )
         return make_message(metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE))
+
+
+def _unfolded(parts: Mapping[str, bytes]) -> int:
+    """Bytes of the arrays that are made of these parts: an array may name the same chunk any number of times."""
+    total = 0
+    for content in parts.values():
+        if get_object_type_from_object_content(content) == Array.__qualname__:
+            chunks = get_object_children_ids_from_object_content(content)
+            total += sum(len(parts[chunks[i]]) for i in json.loads(get_object_body(content, Array))["arraychunk_ids"])
+    return total
