@@ -7,6 +7,7 @@ import sys
 from datetime import timedelta
 from typing import Any
 
+import httpx
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
@@ -41,6 +42,21 @@ def test_no_thread_keeps_the_process_of_a_supernode_that_ended(how: str) -> None
     ended = subprocess.run([sys.executable, "-c", ENDS.format(how=how)], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1 and ended.stdout == "ended\n"
     assert ("Error" in ended.stderr and "500" in ended.stderr) == (how != "return")
+
+
+@pytest.mark.parametrize(("status", "goes_on"), [(500, True), (503, True), (404, False)])
+def test_the_servers_error_is_a_heartbeat_that_failed(status: int, goes_on: bool) -> None:
+    def beat() -> bool:
+        httpx.Response(status, request=httpx.Request("POST", "http://127.0.0.1")).raise_for_status()
+        return True
+
+    patient = supernode.heart(beat).heartbeat_fn
+    if goes_on:
+        assert patient() is False
+    else:
+        with pytest.raises(httpx.HTTPStatusError):
+            patient()
+    assert supernode.heart(lambda: True).heartbeat_fn() is True
 
 
 def test_its_options_are_flowers() -> None:

@@ -140,7 +140,7 @@ time.sleep(600)"""
     worker.said("its message is valid no longer")
 
 
-def test_a_task_that_the_supernode_has_given_up_is_ended_at_once(worker: Running, tmp_path: Path) -> None:
+def test_a_task_that_the_supernode_has_given_up_is_ended_soon(worker: Running, tmp_path: Path) -> None:
     worker.said("no SuperNode at")
     mark = tmp_path / "pid"
     with worker.node() as node:
@@ -158,6 +158,7 @@ def test_a_task_that_the_supernode_has_given_up_is_ended_at_once(worker: Running
             node.numbers(node.reply(node.put(bundle())))
             assert not node.state.get_messages_legacy(run_ids=[lost], is_reply=True)
     assert gone(int(mark.read_text()))
+    worker.said("the SuperNode has given it up")
 
 
 def test_a_header_that_is_none_is_named() -> None:

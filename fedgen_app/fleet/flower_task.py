@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -120,13 +119,13 @@ def carry_out(address: str, task: Task, on_message: Callable[[bytes], None]) -> 
         on_message: Called with the message's header, from which ``answer_for`` can answer in our place.
 
     Raises:
-        httpx.HTTPError: the SuperNode is gone, or has given the task up.
-        KeyboardInterrupt: it has given the task up while this worked.
+        httpx.HTTPError: the SuperNode is gone.
+        KeyboardInterrupt: it has given the task up: so Flower's client and heartbeat tell that they are refused.
     """
     retry = make_simple_http_retry_invoker()
     retry.max_time = PATIENCE
     client = _connect(address, task.token, retry)
-    beats = HeartbeatSender(_interrupting(make_task_heartbeat_fn_http(client)))
+    beats = HeartbeatSender(make_task_heartbeat_fn_http(client))
     beats.start()
     given = client.PullTaskInput(PullTaskInputRequest())
     context, run, fab = context_from_proto(given.context), run_from_proto(given.run), fab_from_proto(given.fab)
@@ -151,19 +150,6 @@ def _without_parts(pulled: PullAppMessagesResponse) -> bytes:
     for tree in short.message_object_trees:
         tree.ClearField("children")
     return bytes(short.SerializeToString())
-
-
-def _interrupting(beat: Callable[[], bool]) -> Callable[[], bool]:
-    """A heartbeat that ends the work where the token is taken for none: Flower's would end its own thread alone."""
-
-    def checked() -> bool:
-        try:
-            return beat()
-        except httpx.HTTPStatusError:
-            signal.raise_signal(signal.SIGINT)
-            return True
-
-    return checked
 
 
 def _header(pulled: PullAppMessagesResponse) -> Message:

@@ -1,8 +1,8 @@
 """``fedgen-supernode``: Flower's SuperNode, mended where a device would be lost to its fleet.
 
 - On an answer that it does not know, such as a 500 where the SuperLink's database was locked, Flower's SuperNode ends
-  but for the thread that speaks to the worker; where that was the answer to a heartbeat, no more are sent. Either way
-  its process would stay, lost to the SuperLink, and nobody would start it anew.
+  but for the thread that speaks to the worker. Its process would stay, lost to the SuperLink, and nobody would start it
+  anew. Where that was the answer to a heartbeat, no more would be sent: here the next one is.
 - Where a run ends while one of its messages is received, Flower keeps the task. A minute later it answers that itself,
   and takes the answer for the next message's, whose own it takes for that of the one after it, and so on.
 """
@@ -17,7 +17,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import httpx
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.run import RunNotRunningException
+from flwr.supernode import fleet_http_connection as connection
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.cli import flower_supernode
 
@@ -47,6 +50,20 @@ def receive(
     return run
 
 
+def heart(beat: Callable[[], bool]) -> HeartbeatSender:
+    """As Flower's, but an error of the server is a beat that failed, and the next one may not."""
+
+    def patient() -> bool:
+        try:
+            return beat()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500:
+                raise
+            return False
+
+    return HeartbeatSender(patient)
+
+
 def _losing(request: Callable[..., Any]) -> Callable[..., Any]:
     def asked(*arguments: Any) -> Any:
         try:
@@ -62,6 +79,7 @@ def main() -> None:
     sys.argv[0] = "flower-supernode"  # as its messages say
     threading.excepthook = _end
     vars(loop)[_receive.__name__] = receive
+    vars(connection)[HeartbeatSender.__name__] = heart
     try:
         flower_supernode()
     except SystemExit:  # it has ended its threads

@@ -151,11 +151,15 @@ class Worker:
         return found
 
     def _carry_out(self, flower: Any, task: Task) -> None:
+        from fedgen_app.fleet.zygote import GIVEN_UP
+
         began, progress = time.monotonic(), Progress()
         status = self._attempt(task, progress)
         if status is None and progress.header is None and not (progress.answered or self.stopping):
             status = self._attempt(task, progress)  # the warm process had died before: the task is still whole
-        if not progress.answered:
+        if status == GIVEN_UP:
+            log.warning("task %d is ended: the SuperNode has given it up", task.number)
+        elif not progress.answered:
             told = "given up" if status is None else ended_with(status)
             log.error("task %d ended without an answer, %s", task.number, told)
             flower.answer_for(self.address, task, progress.header)

@@ -32,6 +32,7 @@ from fedgen_app.fleet import flower_task, kernel
 
 LARGEST = 128 * 1024  # bytes of one message between the processes
 UNSAFE = 70  # exit status: there were threads
+GIVEN_UP = 71  # of a child: the SuperNode does not want this any more
 log = logging.getLogger(__name__)
 
 
@@ -127,8 +128,8 @@ def _child(channel: socket.socket, address: str, task: flower_task.Task, threads
         status = 0
         if (facts := _facts(done)) is not None:
             send(channel, "facts", folder=done.folder, facts=facts)
-    except KeyboardInterrupt:  # how Flower's heartbeat says that the SuperNode does not want this any more
-        log.warning("the SuperNode has given up task %d", task.number)
+    except KeyboardInterrupt:  # how Flower's client and heartbeat say so
+        status = GIVEN_UP
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:  # nothing may run on in what is a copy of the warm process
