@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A whole fleet on this machine, for a few minutes: SuperLink and SuperExec, nginx, three devices with keys and data of
 # their own, each a SuperNode and its warm worker. Runs the bundled language job over them, checks what came out, and
-# takes everything down; where a check fails the folder stays, with its logs. Needs an environment with fedgen-edge (.venv, or FEDGEN_ENVIRONMENT=FOLDER) and nginx
-# (FEDGEN_NGINX=FILE where it is not on PATH). Nothing listens beyond loopback; nothing is left but with --keep.
+# takes everything down. Needs an environment with fedgen-edge (.venv, or FEDGEN_ENVIRONMENT=FOLDER) and nginx
+# (FEDGEN_NGINX=FILE where it is not on PATH). Nothing listens beyond loopback; nothing is left, but with --keep, and
+# where a step fails, its folder.
 set -euo pipefail
 
 usage() { echo "usage: deploy/demo.sh [--no-proxy] [--keep]   (--no-proxy: without nginx; --keep: leaves the folder)"; }
@@ -24,7 +25,7 @@ nginx=${FEDGEN_NGINX:-$(command -v nginx || true)}
 devices=(north east south)
 rounds=5
 threads=$((($(nproc) + ${#devices[@]} - 1) / ${#devices[@]}))  # the devices share this machine's processors
-began=$SECONDS step=0 failed=yes groups=()
+began=$SECONDS step=0 failed=yes interrupted=no groups=()
 
 say() { printf '    %s\n' "$*"; }
 step() { step=$((step + 1)); printf '[%3d s] %d. %s\n' "$((SECONDS - began))" "$step" "$*"; }
@@ -55,7 +56,7 @@ take_down() {
 end_processes(Path(sys.argv[1]))' "$work" || true
     wait
     if [ "$failed" = yes ]; then
-        if [ "$status" -lt 128 ]; then  # else it was interrupted, and nobody asks why
+        if [ "$interrupted" = no ]; then  # else nobody asks why
             for log in "$work"/logs/*; do [ -s "$log" ] && { echo "--- $(basename "$log")"; tail -n 12 "$log"; }; done >&2
             keep=yes
         fi
@@ -70,8 +71,8 @@ end_processes(Path(sys.argv[1]))' "$work" || true
     exit "$status"
 }
 trap take_down EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+trap 'interrupted=yes; exit 130' INT
+trap 'interrupted=yes; exit 143' TERM
 
 start() {  # start NAME COMMAND...: in a process group of its own, as a service would
     local name=$1

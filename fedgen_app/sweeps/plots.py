@@ -1,4 +1,4 @@
-"""The pictures of a sweep: the metric against rounds and bytes, and the final figures along every numeric axis."""
+"""The pictures of a sweep: courses over rounds and bytes, final figures along every numeric axis, clients' gains."""
 
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ def _losses(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, 
     """The clients' training loss after each round, where that is what the rounds are counted by."""
     from matplotlib.ticker import MaxNLocator
 
-    there = [row for row in rows if any(record.losses for record in row.done)][:LINES]
+    there = [row for row in rows if any(record.losses for record in row.done)]
+    left_out, there = len(there[LINES:]), there[:LINES]
     if sweep.target is None or sweep.target.metric != TRAIN_LOSS or not there:
         return []
     figure, (axes,) = _canvas()
@@ -155,7 +156,7 @@ def _losses(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, 
     axes.set_ylabel(f"{words(TRAIN_LOSS)}, mean over the clients")
     axes.set_title(_plain(sweep.title), fontsize="medium")
     _save(figure, axes, output / "train-loss.png", 2)
-    return [(f"{words(TRAIN_LOSS)} against rounds", "train-loss.png")]
+    return [(f"{words(TRAIN_LOSS)} against rounds" + _without(left_out), "train-loss.png")]
 
 
 def _along(sweep: Sweep, rows: Sequence[Row], axis: str, output: Path) -> list[tuple[str, str]]:
@@ -243,4 +244,8 @@ def _gains(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, s
     axes.set_ylabel(f"personal gain over {shared_adapter(sweep)}, %")
     _save(figure, axes, output / "personal-gain.png", len(there))
     title = "gain of each client's personal adapter" + ("" if alike else " against its training examples")
-    return [(title + (f", without the last {left_out} rows" if left_out else ""), "personal-gain.png")]
+    return [(title + _without(left_out), "personal-gain.png")]
+
+
+def _without(left_out: int) -> str:
+    return f", without the last {left_out} rows" if left_out else ""

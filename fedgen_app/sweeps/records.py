@@ -43,8 +43,8 @@ class Record:
     Attributes:
         figures: By name: ``server_frozen_<metric>``, ``server_<metric>`` (the server's test set alone),
             ``clients_<state>_<metric>``, ``clients_<state>_kid_of_<class>``, ``personal_gain`` (1 - personal / global
-            on the clients' hold-outs), ``adjusted_rand`` of clusters, bytes, rounds to the target, seconds. What was
-            not measured is not there.
+            on the clients' hold-outs), ``adjusted_rand`` of clusters, bytes, rounds to the target, ``last_train_loss``,
+            seconds. What was not measured is not there.
         heads: The headline metrics of the server's test set and of the clients' hold-outs; "" where there is none.
         losses: The clients' mean training loss, by round; without the rounds in which nobody trained.
         basis: What the server's figure hangs on beside the metric: extractor and number of images.
@@ -103,6 +103,9 @@ def read(run: Run, results: Mapping[str, Any], target: Target | None) -> Record:
     if federated:
         for way in ("uplink_bytes", "downlink_bytes"):
             figures[way] = sum(entry[way] for entry in results["rounds"])
+    losses = {entry["round"]: entry["train_loss"] for entry in results["rounds"] if entry.get("train_loss") is not None}
+    if losses:
+        figures["last_train_loss"] = losses[max(losses)]
     figures["seconds"] = sum(entry["seconds"] for entry in results["rounds"])
     curve = _curve(results, federated)
     reached = None
@@ -121,7 +124,7 @@ def read(run: Run, results: Mapping[str, Any], target: Target | None) -> Record:
         task=results["task"],
         reached=reached,
         curve=curve,
-        losses={e["round"]: e["train_loss"] for e in results["rounds"] if e.get("train_loss") is not None},
+        losses=losses,
         clients=entries,
         signs=tuple(results.get("signs", ())),
     )
