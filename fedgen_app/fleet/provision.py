@@ -22,7 +22,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fedgen_app.errors import LockedError, SettingsError
-from fedgen_app.federation.protection import read_key
 from fedgen_app.files import to_json, write_atomic
 from fedgen_app.fleet import certificates, render
 from fedgen_app.fleet.registration import LOCK, RECORD
@@ -167,6 +166,8 @@ def _cluster_key(folder: Path, anew: bool) -> bytes:
     Raises:
         SettingsError: the file that is there holds no such key.
     """
+    from fedgen_app.federation.protection import read_key  # which imports torch
+
     file = folder / render.CLUSTER_KEY
     if anew or not file.exists():
         _put(file, base64.b64encode(secrets.token_bytes(CLUSTER_KEY_BYTES)) + b"\n", render.SECRET)
