@@ -156,13 +156,28 @@ def test_one_request_that_breaks_does_not_cost_those_in_its_pass() -> None:
 
 
 def test_a_full_queue_says_when_it_will_be_through() -> None:
-    worker = Worker(lambda batch: [time.sleep(0.2) or b"" for _ in batch], 8, 1, Metrics())
+    known, began, go = threading.Event(), threading.Event(), threading.Event()
+
+    def draw(batch: Sequence[Ask]) -> list[bytes]:
+        time.sleep(0.2)
+        if known.is_set():
+            began.set()
+            go.wait(20)  # however long this test is kept from the processor, nothing leaves the queue
+        return [b"" for _ in batch]
+
+    worker = Worker(draw, 8, 1, Metrics())
     assert worker.wait == 1.0  # nothing is known yet
     worker.start()
     worker.put(ask(0), 0).result(20)
-    answers = [worker.put(ask(n, rows=10), n) for n in range(8)]
-    with pytest.raises(LaterError) as refused:
-        worker.put(ask(9), 9)
-    assert 5 < refused.value.wait <= LONGEST_WAIT  # seven of ten images each, of which one took 0.2 s
+    known.set()
+    answers = [worker.put(ask(0, rows=10), 0)]
+    assert began.wait(20)
+    answers += [worker.put(ask(n, rows=10), n) for n in range(1, 9)]
+    try:
+        with pytest.raises(LaterError) as refused:
+            worker.put(ask(9), 9)
+        assert 5 < refused.value.wait <= LONGEST_WAIT  # eight of ten images each, of which one took 0.2 s
+    finally:
+        go.set()
     wait(answers, timeout=20)
     worker.stop()
