@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -37,12 +37,17 @@ class Patience:
 
 @dataclass
 class Replies:
-    """What came back: at most one message per node; nodes that sent more, nothing, or what cannot be read."""
+    """What came back: at most one message per node; nodes that sent more, nothing, or what cannot be read.
+
+    Attributes:
+        sent_bytes: Of all messages that were to be answered.
+    """
 
     messages: dict[int, Message] = field(default_factory=dict)
     duplicates: set[int] = field(default_factory=set)
     missing: set[int] = field(default_factory=set)
     unreadable: set[int] = field(default_factory=set)
+    sent_bytes: int = 0
 
 
 def collect(
@@ -62,8 +67,9 @@ def collect(
         httpx.HTTPError: it is gone.
     """
     outgoing = list(messages)
+    sizes = [byte_size(message) for message in outgoing]
     waiting: dict[str, int] = {}
-    result = Replies(missing={m.metadata.dst_node_id for m in outgoing})
+    result = Replies(missing={m.metadata.dst_node_id for m in outgoing}, sent_bytes=sum(sizes))
     identifiers = list(grid.push_messages(outgoing))
     if len(identifiers) != len(outgoing):
         raise RunError(f"the SuperLink did not take {len(outgoing)} messages: they are larger than it allows")
@@ -72,7 +78,7 @@ def collect(
             waiting[identifier] = message.metadata.dst_node_id
     # A little less: 0.55 * 100 is 55.00000000000001.
     needed = max(1, math.ceil(patience.quorum * len(outgoing) - 1e-9))
-    pull = _puller(grid, outgoing)
+    pull = _puller(grid, max(sizes, default=0))
     # A grid that runs the clients itself, one after the other, stops its clock while they work.
     now = getattr(grid, "clock", time.monotonic)
     end = now() + patience.deadline
@@ -95,13 +101,16 @@ def collect(
     return result
 
 
-def _puller(grid: Grid, outgoing: Sequence[Message]) -> Callable[[list[str]], tuple[list[Message], list[str]]]:
+def _puller(grid: Grid, largest: int) -> Callable[[list[str]], tuple[list[Message], list[str]]]:
     """How the replies to some ids are pulled: those that are there, and the ids of those that cannot be put together.
 
     A SuperLink hands out replies that a device is still sending; the other grids have whole ones alone.
+
+    Args:
+        largest: Bytes of the largest message that is answered.
     """
     if isinstance(grid, HttpGrid):
-        return Uploads(grid, max(map(byte_size, outgoing), default=0)).pull
+        return Uploads(grid, largest).pull
     return lambda wanted: (list(grid.pull_messages(wanted)), [])
 
 

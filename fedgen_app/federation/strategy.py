@@ -62,6 +62,7 @@ class Outcome:
     duplicates: list[ClientId] = field(default_factory=list)
     uplink_bytes: int = 0
     admitted_bytes: int = 0
+    downlink_bytes: int = 0
 
 
 class FedLora(Strategy):
@@ -99,7 +100,7 @@ class FedLora(Strategy):
         self.save = save
         self.report = report
         self._nodes: dict[int, ClientId] = {}
-        self._deadline, self._downlink = settings.round.deadline, 0
+        self._deadline = settings.round.deadline
 
     @property
     def state(self) -> GlobalState:
@@ -292,12 +293,12 @@ class FedLora(Strategy):
             )
             for node, client in self._nodes.items()
         ]
-        self._deadline, self._downlink = deadline, sum(wire.byte_size(m) for m in messages)
+        self._deadline = deadline
         return messages
 
     def _admit(self, number: int, replies: Replies) -> Outcome:
         """Sort the replies into updates and rejections, both in client order."""
-        outcome = Outcome()
+        outcome = Outcome(downlink_bytes=replies.sent_bytes)
         by_client = {client: node for node, client in self._nodes.items()}
         for client in in_order(by_client):
             if by_client[client] in replies.unreadable:
@@ -367,7 +368,7 @@ class FedLora(Strategy):
             "duplicates": outcome.duplicates,
             "uplink_bytes": outcome.uplink_bytes,
             "admitted_bytes": outcome.admitted_bytes,
-            "downlink_bytes": self._downlink,
+            "downlink_bytes": outcome.downlink_bytes,
             **({"ranks": [u.rank for u in outcome.updates]} if self.method.fit else {}),
             **outcome.facts,
         }
