@@ -55,11 +55,9 @@ take_down() {
     "$python" -P -c 'import sys; from pathlib import Path; from fedgen_app.engines.keeper import end_processes
 end_processes(Path(sys.argv[1]))' "$work" || true
     wait
-    if [ "$failed" = yes ]; then
-        if [ "$interrupted" = no ]; then  # else nobody asks why
-            for log in "$work"/logs/*; do [ -s "$log" ] && { echo "--- $(basename "$log")"; tail -n 12 "$log"; }; done >&2
-            keep=yes
-        fi
+    if [ "$failed" = yes ] && [ "$interrupted" = no ]; then  # who interrupts it does not ask why
+        for log in "$work"/logs/*; do [ -s "$log" ] && { echo "--- $(basename "$log")"; tail -n 12 "$log"; }; done >&2
+        keep=yes
     fi
     if [ "$keep" = yes ]; then say "kept: $work"; else rm -rf "$work"; fi
     if [ "$failed" = yes ]; then

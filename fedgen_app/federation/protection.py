@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedgen_app.errors import SettingsError
@@ -85,6 +84,7 @@ def epsilon(sigma: float, delta: float, sensitivity: float = SENSITIVITY) -> flo
     """
     if not sigma:
         return math.inf
+    import torch  # here alone, so that provisioning reads a key without it
 
     def spent(eps: float) -> float:
         middle, shift = sensitivity / (2 * sigma), eps * sigma / sensitivity

@@ -166,7 +166,7 @@ def _cluster_key(folder: Path, anew: bool) -> bytes:
     Raises:
         SettingsError: the file that is there holds no such key.
     """
-    from fedgen_app.federation.protection import read_key  # which imports torch
+    from fedgen_app.federation.protection import read_key  # which imports numpy
 
     file = folder / render.CLUSTER_KEY
     if anew or not file.exists():
