@@ -43,13 +43,14 @@ def query(message, context):
 """
 
 
-def bundle(name: str = "echo", top: str = "", body: str = "pass") -> Fab:
-    """An app bundle; `top` runs when it is imported, `body` for each message."""
+def bundle(name: str = "echo", top: str = "", body: str = "pass", more: Mapping[str, bytes] | None = None) -> Fab:
+    """An app bundle; `top` runs when it is imported, `body` for each message; `more` are files beside its own."""
     client = ECHO.format(top=top, body=body.replace("\n", "\n    "))
     files: Mapping[str, bytes] = {
         "pyproject.toml": PROJECT.format(name=name).encode(),
         "client_app.py": client.encode(),
         "server_app.py": b"app = None\n",
+        **(more or {}),
     }
     content, _ = build_fab_from_files(files)
     return Fab(hashlib.sha256(content).hexdigest(), content, {})

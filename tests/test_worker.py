@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse, PullTaskInputRequest
-from helpers import FEDGEN, ROOT, command
+from helpers import ROOT, command
 from nodes import Node, bundle
 
 from fedgen_app.engines.keeper import free_port
@@ -29,7 +30,9 @@ pytestmark = pytest.mark.slow
 class Running:
     """A worker on a port, and what it wrote."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cold: float | None = None) -> None:
+        starting = f"worker.COLD = {cold}" if cold is not None else "pass"
+        program = f"from fedgen_app.fleet import worker; {starting}; from fedgen_app.cli import main; main()"
         self.port, self.log, self.secret = free_port(), folder / "worker.log", folder / "secret"
         own = {
             "PYTHONPATH": str(ROOT),
@@ -38,7 +41,16 @@ class Running:
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [FEDGEN, "device-worker", "--runtime", f"127.0.0.1:{self.port}", "--secret", self.secret],
+                [
+                    sys.executable,
+                    "-c",
+                    program,
+                    "device-worker",
+                    "--runtime",
+                    f"127.0.0.1:{self.port}",
+                    "--secret",
+                    self.secret,
+                ],
                 stdout=log,
                 stderr=log,
                 env=os.environ | own,
@@ -60,7 +72,14 @@ class Running:
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[Running]:
     """A worker whose SuperNode is not there yet."""
-    running = Running(tmp_path)
+    with closing_worker(tmp_path) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def closing_worker(folder: Path, cold: float | None = None) -> Iterator[Running]:
+    """A worker, ended with all below it; ``cold``: other seconds until it asks a bundle again than it has itself."""
+    running = Running(folder, cold)
     try:
         yield running
     finally:
@@ -94,6 +113,51 @@ def test_tasks_of_one_bundle_come_from_one_warm_process_and_a_new_bundle_gets_a_
     with worker.node() as node:  # another one, which knows nothing of the first
         node.numbers(node.reply(node.put(first)))
     assert "HTTP Request" not in worker.log.read_text()
+
+
+def test_a_bundle_of_which_a_part_is_missing_is_installed_again(worker: Running, tmp_path: Path) -> None:
+    worker.said("no SuperNode at")
+    fab = bundle(body="import late\n", more={"late.py": b"THERE = True\n"})
+    with worker.node() as node:
+        node.numbers(node.reply(node.put(fab)))
+        (late,) = (tmp_path / "flower").rglob("late.py")
+        # As a power cut leaves it, in the midst of being unpacked: `client_app` can be loaded all the same.
+        late.unlink()
+        (late.parent / flower_task.WHOLE).unlink()
+        node.numbers(node.reply(node.put(fab)))
+    assert late.read_bytes() == b"THERE = True\n" and (late.parent / flower_task.WHOLE).exists()
+
+
+WARMTH = """
+from pathlib import Path
+
+def remembered(context):
+    return {{"key": "backbone"}}
+
+def prepare(facts):
+    Path({marks!r}, str(len(list(Path({marks!r}).iterdir())))).touch()
+    if not Path({backbone!r}).exists():
+        raise FileNotFoundError("no backbone yet")
+"""
+
+
+@pytest.mark.parametrize("cold", [0.0, 3600.0])
+def test_what_could_not_get_warm_is_asked_again_some_time_later(cold: float, tmp_path: Path) -> None:
+    marks, backbone = tmp_path / "marks", tmp_path / "backbone"
+    marks.mkdir()
+    warmth = WARMTH.format(marks=str(marks), backbone=str(backbone)).encode()
+    files = {f"fedgen_app/{name}": b"" for name in ("__init__.py", "federation/__init__.py")}
+    fab = bundle(more=files | {"fedgen_app/federation/warmth.py": warmth})
+    with closing_worker(tmp_path, cold) as worker, worker.node() as node:
+        node.numbers(node.reply(node.put(fab)))
+        worker.said("does not get warm")
+        backbone.touch()
+        node.numbers(node.reply(node.put(fab)))
+        if cold:
+            node.numbers(node.reply(node.put(fab)))  # so that the one before it is wholly done with
+        else:
+            worker.said("warm after")
+    assert len(list(marks.iterdir())) == (1 if cold else 2)
 
 
 def test_a_child_that_dies_is_answered_for_at_once(worker: Running, tmp_path: Path) -> None:

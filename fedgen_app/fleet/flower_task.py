@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
@@ -45,10 +46,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 from google.protobuf.message import DecodeError
 
+from fedgen_app.files import sync_tree, write_atomic
+
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 TIMEOUT = 10.0  # seconds for one answer over loopback
 # A SuperNode that is gone for so long has forgotten its tasks: they are in its memory alone.
 PATIENCE = 30.0
+WHOLE = ".whole"  # a file in an installed bundle's folder: it lies on the disk, all of it
 log = logging.getLogger(__name__)
 
 
@@ -194,19 +198,30 @@ def _inflated(client: RuntimeHttpClient, pulled: PullAppMessagesResponse, contex
 
 
 def _reply(message: Message, context: Context, run: Run, fab: Fab) -> Message:
+    folder = get_project_dir(run.fab_id, run.fab_version, fab.hash_str)
     try:
-        install_from_fab(fab.content, skip_prompt=True)
+        _install(fab, folder)
         app = get_load_client_app_fn("", None, True)(run.fab_id, run.fab_version, fab.hash_str)
     except Exception:  # a bundle is foreign code: whatever it raises when it is loaded, the worker goes on
         log.exception("the app bundle %s cannot be loaded", fab.hash_str)
-        # Flower takes a folder that is there for complete, and a full disk may have left half of one.
-        shutil.rmtree(get_project_dir(run.fab_id, run.fab_version, fab.hash_str), ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         return Message(Error(ErrorCode.LOAD_CLIENT_APP_EXCEPTION), reply_to=message)
     try:
         return app(message=message, context=context)
     except Exception:  # as above; an app of ours answers with codes itself
         log.exception("the app failed")
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION), reply_to=message)
+
+
+def _install(fab: Fab, folder: Path) -> None:
+    """Flower takes a folder that is there for complete: a full disk or a power cut may have left half of one."""
+    mark = folder / WHOLE
+    if mark.exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    install_from_fab(fab.content, skip_prompt=True)
+    sync_tree(folder)
+    write_atomic(mark, b"")
 
 
 def answer_for(address: str, task: Task, header: bytes | None) -> bool:

@@ -35,6 +35,7 @@ BUSY, IDLE, LATELY = 0.1, 1.0, 120.0  # seconds between two questions; the longe
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds between two tries to reach a SuperNode
 REMINDER = 600.0  # seconds after which it is said again that there is none
 PREPARING = 600.0  # seconds that a bundle may take to make itself ready
+COLD = 3600.0  # seconds after which one that could not is asked again
 LOOK = 5.0  # seconds between two looks whether the SuperNode of a running task is still there
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Worker:
         threads: That a task computes with.
         pause: Seconds before the next try, where one fails; longer each time, until a SuperNode lets us ask for tasks.
         said: What was last said to be wrong, and when.
-        cold: Bundles that could not make themselves ready; they are not asked again.
+        cold: Bundles that could not make themselves ready, with the time before which they are not asked again.
     """
 
     address: str
@@ -87,7 +88,7 @@ class Worker:
     pause: float = FIRST_PAUSE
     said: tuple[str, float] = ("", 0.0)
     warm: Warm | None = None
-    cold: set[str] = field(default_factory=set)
+    cold: dict[str, float] = field(default_factory=dict)
     _wake: socket.socket | None = None
 
     def run(self) -> None:
@@ -164,7 +165,7 @@ class Worker:
             log.error("task %d ended without an answer, %s", task.number, told)
             flower.answer_for(self.address, task, progress.header)
         log.info("task %d: %.1f s", task.number, time.monotonic() - began)
-        if progress.facts and task.bundle not in self.cold and not self.stopping:
+        if progress.facts and time.monotonic() >= self.cold.get(task.bundle, 0.0) and not self.stopping:
             self._prepare(task.bundle, progress.folder, progress.facts)
 
     def _attempt(self, task: Task, progress: Progress) -> int | None:
@@ -246,8 +247,8 @@ class Worker:
             self.warm.key = facts["key"]
             log.info("warm after %.1f s", time.monotonic() - began)
             return
-        log.error("bundle %.8s does not get warm; its tasks start colder", bundle)
-        self.cold.add(bundle)
+        log.error("bundle %.8s does not get warm; its tasks start colder for an hour", bundle)
+        self.cold[bundle] = time.monotonic() + COLD  # memory may be free again by then, or a backbone be back
         self._end_warm()
 
     def _start_warm(self, bundle: str) -> Warm:
