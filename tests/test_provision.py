@@ -543,10 +543,19 @@ def test_a_device_that_left_is_not_installed_again_from_an_older_archive(tmp_pat
     made = local_fleet(tmp_path)
     assert install(made, "server", tmp_path / "unpacked", "--files-only").returncode == 0
     again(made, (tmp_path / "fleet.toml").read_text().replace('id = "ward-7"', 'id = "ward-8"'))
+    devices = tmp_path / "etc" / "server" / "devices"
+
+    def installed() -> list[str]:
+        return sorted(path.name for path in devices.iterdir())
+
+    # An installation that stops before it is done takes no key away: `fedgen register` would unregister its device.
+    (devices / "ward-8.pub.new").mkdir()
+    assert install(made, "server", tmp_path / "unpacked", "--files-only").returncode != 0
+    assert installed() == ["12.pub", "ward-7.pub", "ward-8.pub.new"]
+    shutil.rmtree(devices / "ward-8.pub.new")
     assert install(made, "server", tmp_path / "unpacked", "--files-only").returncode == 0
     assert (tmp_path / "unpacked" / "fedgen-server" / "devices" / "ward-7.pub").exists()
-    there = sorted(path.name for path in (tmp_path / "etc" / "server" / "devices").iterdir())
-    assert there == ["12.pub", "ward-8.pub"]
+    assert installed() == ["12.pub", "ward-8.pub"]
 
 
 def content(made: Path, relative: str) -> bytes:
@@ -632,6 +641,26 @@ def test_an_expired_certificate_is_refused_and_told(tmp_path: Path, made: Path) 
         handshake(port, made / "ca" / "ca.crt", "fleet.example.org")
 
 
+@pytest.mark.parametrize("part", ["server.key", "server.crt"])
+def test_a_certificate_that_is_not_for_its_key_is_made_anew(part: str, made: Path) -> None:
+    """As a renewal leaves it that is ended between the two files."""
+    before = {name: content(made, f"server/{name}") for name in ("server.key", "server.crt", "superexec.secret")}
+    again(made, FLEET, "--renew")
+    renewed = content(made, f"server/{part}")
+    for name, old in before.items():
+        if name != part:
+            (made / "server" / name).write_bytes(old)
+    for damaged in (renewed, b"none"):
+        (made / "server" / part).write_bytes(damaged)
+        assert "(new: it was damaged, or not for its key)" in again(made)
+        assert content(made, "server/superexec.secret") == before["superexec.secret"]
+        with serving(made) as port:
+            handshake(port, made / "ca" / "ca.crt", "fleet.example.org")
+    (made / "ca" / "ca.key").write_text("none")
+    ended = command("provision", write(made.parent), "--output", made, "--renew")
+    assert ended.status == 2 and "ca/ca.key: damaged" in ended.err
+
+
 def test_another_name_means_another_certificate(made: Path) -> None:
     told = again(made, FLEET.replace('"192.0.2.7"', '"192.0.2.9"'))
     assert "new: server.hosts changed" in told
@@ -653,6 +682,7 @@ def test_one_device_can_have_another_key(made: Path) -> None:
         (lambda out: (out / "fleet.json").unlink(), "is not empty and holds no fleet"),
         (lambda out: (out / "fleet.json").write_text("{"), "damaged"),
         (lambda out: (out / "devices" / "12" / "device.key").write_text("x"), "key of device 12 is damaged"),
+        (lambda out: (out / "ca" / "ca.crt").write_text("x"), "ca/ca.crt: damaged"),
     ],
 )
 def test_a_folder_that_is_not_as_it_was_is_refused(made: Path, spoil: Callable[[Path], object], said: str) -> None:

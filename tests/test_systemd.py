@@ -211,15 +211,19 @@ def run(machine: Machine, name: str, rounds: int) -> None:
 
 
 def check_isolation(machine: Machine) -> None:
-    """Each service sees its own device alone, and what the server sent does not see its device's key."""
+    """Each service sees its own device alone, and what was sent to a machine does not see that machine's key."""
     for device, service in (("ant", "worker"), ("ant", "supernode"), ("cat", "supernode")):
         for folder in ("/etc/fedgen", "/var/lib/fedgen"):
             assert machine.seen_by(f"fedgen-{service}-{device}", "ls", folder) == f"{device}\n"
     for service in ("fedgen-superlink", "fedgen-superexec"):
         assert machine.seen_by(service, "ls", "/etc/fedgen") == "server\n"
-    key = "/etc/fedgen/ant/device.key"
-    assert machine.seen_by("fedgen-worker-ant", "cat", key) == ""
-    assert "PRIVATE KEY" in machine.seen_by("fedgen-supernode-ant", "cat", key)
-    inside = ("nsenter", f"--target={machine.main_process('fedgen-worker-ant')}", "--mount", "--user", "--setuid=0")
-    look = f"/proc/{machine.main_process('fedgen-supernode-ant')}/root/etc"
-    machine.run(*inside, "ls", look, fails=True)  # PrivateUsers
+    check_key(machine, "/etc/fedgen/ant/device.key", "fedgen-supernode-ant", "fedgen-worker-ant")
+    check_key(machine, "/etc/fedgen/server/server.key", "fedgen-superlink", "fedgen-superexec")
+
+
+def check_key(machine: Machine, key: str, owner: str, other: str) -> None:
+    """The one service reads the key, the other neither finds it nor gets to the first, though both have one user."""
+    assert "PRIVATE KEY" in machine.seen_by(owner, "cat", key)
+    assert machine.seen_by(other, "cat", key) == ""
+    inside = ("nsenter", f"--target={machine.main_process(other)}", "--mount", "--user", "--setuid=0")
+    machine.run(*inside, "ls", f"/proc/{machine.main_process(owner)}/root/etc", fails=True)  # PrivateUsers

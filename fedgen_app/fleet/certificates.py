@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -55,7 +56,7 @@ def device_public_key(private: bytes, device: str) -> bytes:
 
 def authority(key: bytes, name: str, days: int) -> bytes:
     """A certificate of the fleet's own authority; made anew from the same key, it verifies the same certificates."""
-    private = _load_key(key)
+    private = load_key(key)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"FedGen-Edge {name} CA")])
     usage = x509.KeyUsage(
         **dict.fromkeys(
@@ -77,7 +78,7 @@ def server_certificate(
     ca: bytes, ca_key: bytes, key: bytes, hosts: Sequence[str], days: int, now: datetime | None = None
 ) -> bytes:
     """A certificate for the server's names and addresses, and for the machine itself (`LOCAL`)."""
-    issuer, issuer_key, private = x509.load_pem_x509_certificate(ca), _load_key(ca_key), _load_key(key)
+    issuer, issuer_key, private = x509.load_pem_x509_certificate(ca), load_key(ca_key), load_key(key)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     names = [_general_name(host) for host in dict.fromkeys((*hosts, *LOCAL))]
     builder = _builder(subject, issuer.subject, private.public_key(), days, now)
@@ -106,6 +107,14 @@ def same_hosts(certificate: bytes, hosts: Iterable[str]) -> bool:
     return hosts_of(certificate) == {_canonical(host) for host in (*hosts, *LOCAL)}
 
 
+def belongs_to(certificate: bytes, key: bytes) -> bool:
+    """Whether a certificate is for this private key; damaged ones are not."""
+    try:
+        return x509.load_pem_x509_certificate(certificate).public_key() == load_key(key).public_key()
+    except ValueError:
+        return False
+
+
 def is_address(host: str) -> bool:
     """Whether a host is an IP address, not a name."""
     try:
@@ -123,10 +132,14 @@ def _general_name(host: str) -> x509.GeneralName:
     return x509.IPAddress(ipaddress.ip_address(host)) if is_address(host) else x509.DNSName(host)
 
 
-def _load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
-    key = serialization.load_pem_private_key(pem, None)
+def load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """What `new_key` made; ValueError: it is none."""
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except (TypeError, UnsupportedAlgorithm) as error:  # one with a password, one of a kind that OpenSSL lacks
+        raise ValueError(str(error)) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise SettingsError(f"a certificate's key is a {type(key).__name__}, not on an elliptic curve")
+        raise ValueError(f"a {type(key).__name__}, not on an elliptic curve")
     return key
 
 

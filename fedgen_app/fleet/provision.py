@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,8 +151,9 @@ def _authority(fleet: Fleet, folder: Path, renew: bool) -> tuple[str, bytes]:
     key_file, file, days = folder / "ca.key", folder / "ca.crt", fleet.certificates.ca_days
     reason = "it is the first"
     if file.exists():
-        if not (renew and certificates.days_left(file.read_bytes()) <= max(fleet.certificates.server_days, SOON)):
-            return "", file.read_bytes()
+        there = _read(file, certificates.days_left)
+        if not (renew and certificates.days_left(there) <= max(fleet.certificates.server_days, SOON)):
+            return "", there
         reason = "--renew"
     elif not key_file.exists():
         _put(key_file, certificates.new_key(), render.SECRET)
@@ -183,26 +184,41 @@ def _authority_key(folder: Path) -> bytes:
             f"{file}: is missing beside ca.crt, and something has to be signed: put your copy of it back; if there is "
             "none, name a new folder with --output and install all machines"
         )
-    return file.read_bytes()
+    return _read(file, certificates.load_key)
+
+
+def _read(file: Path, parse: Callable[[bytes], object]) -> bytes:
+    """A file of the authority, which nothing here can make again."""
+    content = file.read_bytes()
+    try:
+        parse(content)
+    except ValueError as error:
+        raise SettingsError(
+            f"{file}: damaged: {error}; put your copy of it back; if there is none, name a new folder with --output "
+            "and install all machines"
+        ) from None
+    return content
 
 
 def _server(fleet: Fleet, output: Path, ca: bytes, renew: bool) -> tuple[str, dict[str, bytes]]:
     """Why the server's certificate is new (or ""), and the server's own files."""
     folder, hosts = output / "server", fleet.server.hosts
     names = ("server.crt", "server.key", "superexec.secret")
-    files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
-    if len(files) < len(names):
+    there = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+    if len(there) < len(names):
         reason = "it is the first"
     elif renew:
         reason = "--renew"
-    elif not certificates.same_hosts(files["server.crt"], hosts):
+    elif not certificates.belongs_to(there["server.crt"], there["server.key"]):  # a run that was ended between the two
+        reason = "it was damaged, or not for its key"
+    elif not certificates.same_hosts(there["server.crt"], hosts):
         reason = "server.hosts changed"
     else:
-        return "", files | {"ca.crt": ca}
+        return "", there | {"ca.crt": ca}
     key, ca_key = certificates.new_key(), _authority_key(output / "ca")
     days = min(fleet.certificates.server_days, max(1, certificates.days_left(ca)))
-    files |= {"server.key": key, "server.crt": certificates.server_certificate(ca, ca_key, key, hosts, days)}
-    if reason != "server.hosts changed":
+    files = there | {"server.key": key, "server.crt": certificates.server_certificate(ca, ca_key, key, hosts, days)}
+    if len(there) < len(names) or renew:
         files["superexec.secret"] = secrets.token_bytes(SECRET_BYTES)
     return reason, files | {"ca.crt": ca}
 

@@ -8,7 +8,6 @@ target="@{config}/server"
 if [ "$files_only" = yes ]; then install -d -m 0755 "@{config}" "@{state}"; else install -d -m 0755 -o root -g root "@{config}" "@{state}"; fi ||
     die "@{config} cannot be made"
 folder 0700 "$target"
-rm -rf "$target/devices"
 folder 0700 "$target/devices"
 for part in server server/flower server/runs; do folder 0700 "@{state}/$part"; done
 place 0644 ca.crt "$target/ca.crt"
@@ -21,6 +20,10 @@ restart=$changed
 place 0600 config.toml "@{state}/server/flower/config.toml"
 # By name: where this was unpacked over an older archive, keys of devices that left lie here too.
 for device in @{devices}; do place 0644 "devices/$device.pub" "$target/devices/$device.pub"; done
+# Only now those that left: whom `fedgen register` does not find here it unregisters for good.
+for key in "$target"/devices/*.pub; do
+    case " @{devices} " in *" $(basename "$key" .pub) "*) ;; *) rm -f "$key" ;; esac
+done
 changed=$restart  # of these two the services read nothing
 say "ok: files in $target"
 
