@@ -98,13 +98,15 @@ def kind(process: psutil.Process, parent_kind: str) -> str:
     for name in ("flower-superlink", "flower-superexec", "flwr-serverapp", "flwr-clientapp", "fedgen-supernode"):
         if name in line:
             return f"{name} (device)" if name == "flower-superexec" and "supernode" in parent_kind else name
+    if line.startswith("nginx: "):
+        return line.partition(" process")[0]
     if "device-worker" in line:
         return {"worker": "worker: warm process", "worker: warm process": "worker: child"}.get(parent_kind, "worker")
     return ""
 
 
-def memory(fleet: Fleet, largest: dict[str, float]) -> None:
-    """The largest of each kind of process so far, in MB."""
+def memory(largest: dict[str, float]) -> None:
+    """The largest of each kind of process so far, in MB; a fleet's processes are all below this one."""
 
     def visit(process: psutil.Process, parent_kind: str) -> None:
         with contextlib.suppress(psutil.NoSuchProcess, OSError):
@@ -113,9 +115,8 @@ def memory(fleet: Fleet, largest: dict[str, float]) -> None:
             for child in process.children():
                 visit(child, name)
 
-    for _, service in fleet.services.values():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            visit(psutil.Process(service.pid), "")
+    for service in psutil.Process().children():
+        visit(service, "")
 
 
 def measure(nodes: int, warm: bool, rounds: int) -> tuple[dict[str, Any], dict[str, float]]:
@@ -124,7 +125,7 @@ def measure(nodes: int, warm: bool, rounds: int) -> tuple[dict[str, Any], dict[s
     with tempfile.TemporaryDirectory() as folder, Fleet(Path(folder), NAMES[:nodes], warm) as fleet:
         run = fleet.submit(num_server_rounds=rounds + 1, personal__epochs=0, round__roll_call=900, round__deadline=900)
         while run.process.poll() is None:
-            memory(fleet, largest)
+            memory(largest)
             time.sleep(1)
         status, found = run.ends()
         assert status == 0, run.said()

@@ -66,6 +66,11 @@ def by_name(findings: list[doctor.Finding]) -> dict[str, doctor.Finding]:
     return {finding.what: finding for finding in findings}
 
 
+def only(findings: Iterator[doctor.Finding]) -> doctor.Finding:
+    (found,) = findings
+    return found
+
+
 def node(folder: Path, **changes: Any) -> Path:
     config = {"client-id": "a", "data": str(tiny_data()), "backbone": str(tiny_model()), "state-dir": str(folder / "s")}
     file = folder / "node.toml"
@@ -173,7 +178,7 @@ def test_memory_is_estimated_without_measuring_the_machine(monkeypatch: pytest.M
         raise AssertionError("the machine was measured")
 
     monkeypatch.setattr("fedgen_app.fleet.devices.measured", measured)
-    assert doctor.memory({"backbone": str(tiny_model())}, tiny_settings()).ok
+    assert only(doctor.memory({"backbone": str(tiny_model())}, tiny_settings())).ok
 
 
 @pytest.mark.parametrize(
@@ -252,14 +257,38 @@ def test_what_lies_behind_a_shut_folder_is_a_finding() -> None:
 
 def test_memory_is_held_against_the_estimate(tmp_path: Path) -> None:
     config, settings = {"backbone": str(tiny_model()), "rank": 2}, tiny_settings(batch_size=3)
-    found = doctor.memory(config, settings)
+    found = only(doctor.memory(config, settings))
     assert found.ok and found.detail.endswith("GB needed at the peak (rank 2, batches of 3, 32 tokens)")
-    little = doctor.memory(config | {"memory": 1000}, settings)
+    little = only(doctor.memory(config | {"memory": 1000}, settings))
     assert (
         not little.ok and little.detail.startswith("memory = 1000, training takes ") and "docs/devices.md" in little.fix
     )
-    wide = doctor.memory(config, tiny_settings(batch_size=200_000_000))
+    wide = only(doctor.memory(config, tiny_settings(batch_size=200_000_000)))
     assert not wide.ok and "batches of 200000000" in wide.detail
+
+
+def needed(finding: doctor.Finding) -> float:
+    return float(finding.detail.split(" GB needed")[0].split()[-1])
+
+
+def test_a_server_only_measures_and_needs_less(tmp_path: Path) -> None:
+    settings = tiny_settings(batch_size=40_000, backbone=str(tiny_model()))
+    trains, measures = (only(doctor.memory({}, settings, trains=trains)) for trains in (True, False))
+    assert needed(trains) > needed(measures) > 0.2
+
+
+def test_a_gpu_has_a_memory_of_its_own_and_a_jetsons_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny_settings(batch_size=100_000, backbone=str(tiny_model()))
+    together = only(doctor.memory({}, settings))
+    free = int(1e9 * needed(together)) // 3
+    for module in ("fedgen_app.learning.backbone", "fedgen_app.fleet.estimate"):
+        monkeypatch.setattr(f"{module}.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 10**12))
+    found = by_name(list(doctor.memory({}, settings)))
+    assert set(found) == {"memory", "gpu memory"} and found["memory"].ok and not found["gpu memory"].ok
+    assert needed(found["memory"]) < needed(together) and f"{free / 1e9:.1f} GB free" in found["gpu memory"].detail
+    monkeypatch.setattr(wheels, "tegra", lambda: True)
+    assert only(doctor.memory({}, settings)).what == "memory"
 
 
 @pytest.mark.parametrize(
@@ -276,9 +305,9 @@ def test_a_kernel_without_limits_of_memory(controllers: str | None, hints: list[
 
 
 def test_what_cannot_be_estimated_is_no_good_news() -> None:
-    found = doctor.memory({"backbone": "/no/such/backbone"}, tiny_settings())
+    found = only(doctor.memory({"backbone": "/no/such/backbone"}, tiny_settings()))
     assert not found.ok and "/no/such/backbone" in found.detail
-    assert doctor.memory({}, network_settings("gan")).detail.endswith("needed before a model is loaded")
+    assert only(doctor.memory({}, network_settings("gan"))).detail.endswith("needed before a model is loaded")
 
 
 def test_the_runs_settings_count(tmp_path: Path) -> None:
@@ -296,7 +325,7 @@ def test_the_runs_settings_count(tmp_path: Path) -> None:
 )
 def test_a_presets_task_counts(options: list[str], task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(doctor, "device", lambda node, address, ca, settings: seen.append(settings.task) or [])
+    monkeypatch.setattr(doctor, "device", lambda node, settings: seen.append(settings.task) or [])
     assert command("doctor", "device", *options).status == 0 and seen == [task]
 
 
@@ -313,11 +342,15 @@ def test_a_servers_backbone_is_looked_at(tmp_path: Path) -> None:
 def test_options_that_do_not_fit(tmp_path: Path) -> None:
     assert command("doctor", "server", "--server", "x:1").status == 2
     assert command("doctor", "sim", "--node", "x.toml").status == 2
+    ended = command("doctor", "device", "--state", tmp_path)
+    assert ended.status == 2 and f"--state {tmp_path}: a device's is the state-dir" in ended.err
     assert command("doctor", "device", "--node", tmp_path / "none.toml").status == 2
 
 
 def test_a_laptop_that_simulates(tmp_path: Path) -> None:
-    ended = command("doctor", "sim", "--state", tmp_path, "--json")
+    ended = command("doctor", "sim", "--state", tmp_path, "--set", "batch-size=5", "--json")
     found = {entry["what"]: entry for entry in json.loads(ended.out)}
     assert found["ray"]["ok"] and found["disk"]["detail"].endswith(str(tmp_path))
+    assert "batches of 5" in found["memory"]["detail"] and found["backbone"]["detail"].startswith("bundled: ")
+    assert {"avx2", "neon"} & set(found["cpu"]["detail"].split())
     assert ended.status == (0 if all(entry["ok"] for entry in found.values()) else 1)

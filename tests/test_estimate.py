@@ -55,7 +55,7 @@ def test_what_is_kept_for_the_backward_pass_counts() -> None:
 
 
 def test_a_roofline_by_hand() -> None:
-    device = Device("x", 0, {"float32": 100.0, "bfloat16": 200.0}, moves=10.0, start=1.0, source="")
+    device = Device("x", "cpu", 0, {"float32": 100.0, "bfloat16": 200.0}, moves=10.0, start=1.0, source="")
     work = [Operation(1000, 10), Operation(0, 50), Operation(0, 0)]
     assert device.seconds(work, torch.float32) == TOGETHER * (10 + 5 + 3)
     assert device.seconds(work, torch.bfloat16) == TOGETHER * (5 + 5 + 3)
@@ -118,7 +118,7 @@ def test_more_of_everything_takes_more() -> None:
     assert 1.9 * wide < wider < 2.1 * wide and usual.memory.step < wide  # where measuring takes less than a batch
     assert estimate(tiny_settings(lora__rank=8), device="laptop").memory.adapter == 2 * usual.memory.adapter
     assert estimate(tiny_settings(sequence_length=64), device="laptop").flops_per_step > 1.9 * usual.flops_per_step
-    assert usual.memory.peak == sum(vars(usual.memory).values())
+    assert usual.memory.peak == sum(vars(usual.memory).values()) - usual.memory.measuring
     assert usual.memory.adapter == 16 * sum(t.numel() for t in open_backbone(tiny_settings()).fresh(0).values())
     assert usual.steps == 64 and estimate(tiny_settings(max_steps=3), device="laptop").steps == 3
     slower = estimate(tiny_settings(), device="raspberry-pi-5")
@@ -133,8 +133,18 @@ def test_checkpoints_save_memory_and_cost_operations() -> None:
 
 
 def test_a_half_type_where_the_device_has_it() -> None:
-    found = {name: estimate(tiny_settings(dtype="auto"), device=name).dtype for name in CLASSES}
+    found = {name: estimate(tiny_settings(dtype="auto", device="auto"), device=name).dtype for name in CLASSES}
     assert found == {"raspberry-pi-5": "float32", "jetson-orin-nano": "bfloat16", "laptop": "float32"}
+
+
+def test_a_class_is_counted_with_what_it_computes_with_whatever_this_machine_has() -> None:
+    """Only a CPU's allocator keeps what small pieces took."""
+    found = {name: estimate(tiny_settings(device="auto"), device=name).memory for name in CLASSES}
+    assert {name for name, memory in found.items() if memory.kept == 0} == {"jetson-orin-nano"}
+    assert estimate(tiny_settings(device="cuda"), device="jetson-orin-nano").memory == found["jetson-orin-nano"]
+    for device, name in (("cpu", "jetson-orin-nano"), ("cuda", "laptop")):
+        with pytest.raises(SettingsError, match=f"device = '{device}': a {name} is counted with its"):
+            estimate(tiny_settings(device=device), device=name)
 
 
 def test_what_is_not_counted_is_refused() -> None:

@@ -30,14 +30,10 @@ def doctor(
     node: Annotated[Path | None, typer.Option(help="device: its node.toml.")] = None,
     address: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Look whether it answers.")] = "",
     ca: Annotated[Path | None, typer.Option(help="The fleet's ca.crt, for --server.")] = None,
-    state: Annotated[Path, typer.Option(help="server, sim: where runs will lie.")] = Path("runs"),
+    state: Annotated[Path | None, typer.Option(help="server, sim: where runs will lie.", show_default="runs")] = None,
     task: Annotated[str, typer.Option(help="What the backbone generates; default: as the settings say.")] = "",
-    preset: Annotated[
-        str, typer.Option(help="device, server: settings of the run, for memory and backbone; as of `fedgen run`.")
-    ] = "",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="device, server: one of them.")
-    ] = None,
+    preset: Annotated[str, typer.Option(help="Settings of the run, for memory and backbone; as of `fedgen run`.")] = "",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One of them.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Look at this machine; exit status 1 where something is wrong, with how to mend it."""
@@ -45,6 +41,8 @@ def doctor(
         raise SettingsError("--server and --ca belong together")
     if node and part is not Part.DEVICE:
         raise SettingsError(f"--node {node}: is for `fedgen doctor device`")
+    if state and part is Part.DEVICE:
+        raise SettingsError(f"--state {state}: a device's is the state-dir of its --node")
     config = read_toml(node) if node else {}
     wanted = (presets.load(preset) if preset else {}) | ({"task": task} if task else {})
     settings = Settings.from_run_config(own_defaults() | wanted | dict(map(assignment, set_ or [])))
@@ -53,14 +51,9 @@ def doctor(
 
     def findings() -> Iterator[looking.Finding]:
         if part is Part.DEVICE:
-            yield from looking.device(config, address, ca, settings)
-            return
-        yield from looking.versions(simulation=part is Part.SIM)
-        yield from looking.hardware()
-        yield looking.room()
-        yield looking.disk(state.resolve())
-        if part is Part.SERVER and not looking.broken()[0]:
-            yield looking.backbone_there(settings.backbone, settings.task)
+            yield from looking.device(config, settings)
+        else:
+            yield from looking.elsewhere(settings, (state or Path("runs")).resolve(), part is Part.SERVER)
         if address and ca:
             yield from looking.server(address, ca)
 

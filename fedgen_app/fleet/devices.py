@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 import torch
@@ -25,6 +26,7 @@ class Device:
     """What an estimate needs to know of a device.
 
     Attributes:
+        kind: What computes there.
         memory: Bytes in all; what training can have of it is less.
         multiplies: Operations a second by type of number; what computes in no other type counts as float32.
         moves: Bytes a second.
@@ -32,6 +34,7 @@ class Device:
     """
 
     name: str
+    kind: Literal["cpu", "cuda"]
     memory: int
     multiplies: dict[str, float]
     moves: float
@@ -48,10 +51,16 @@ class Device:
 
 
 def _class(
-    name: str, memory: int, multiplies: dict[str, float], moves: float, start: float, source: str
+    name: str,
+    kind: Literal["cpu", "cuda"],
+    memory: int,
+    multiplies: dict[str, float],
+    moves: float,
+    start: float,
+    source: str,
 ) -> tuple[str, Device]:
     reached = {dtype: REACHED * peak for dtype, peak in multiplies.items()}
-    return name, Device(name, memory, reached, REACHED * moves, start, source)
+    return name, Device(name, kind, memory, reached, REACHED * moves, start, source)
 
 
 # None of them was tried: peaks are of data sheets, starts are guesses from the processor's speed. See docs/devices.md.
@@ -59,6 +68,7 @@ CLASSES = dict(
     (
         _class(
             "raspberry-pi-5",
+            "cpu",
             8 * 10**9,
             {"float32": 153.6e9},
             17.1e9,
@@ -67,6 +77,7 @@ CLASSES = dict(
         ),
         _class(
             "jetson-orin-nano",
+            "cuda",
             8 * 10**9,
             {"float32": 1.28e12, "bfloat16": 10.2e12, "float16": 10.2e12},
             68e9,
@@ -75,6 +86,7 @@ CLASSES = dict(
         ),
         _class(
             "laptop",
+            "cpu",
             16 * 10**9,
             {"float32": 384e9},
             51.2e9,
@@ -86,7 +98,7 @@ CLASSES = dict(
 
 
 # This machine where its speed does not matter, and a GPU need not work.
-UNMEASURED = Device(THIS, 0, {"float32": 1.0}, 1.0, 0.0, "not measured")
+UNMEASURED = Device(THIS, "cpu", 0, {"float32": 1.0}, 1.0, 0.0, "not measured")
 
 
 def measured(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Device:
@@ -118,7 +130,8 @@ def measured(device: torch.device, dtype: torch.dtype, clock: Callable[[], float
     speeds = {"float32": 2 * SIDE**3 / product} | {name: 2 * SIDE**3 / product}
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else psutil.virtual_memory().total
     source = f"measured now, {torch.get_num_threads()} threads" if device.type == "cpu" else "measured now"
-    return Device(THIS, memory, speeds, 2 * 4 * COPIED / moving, starting / STARTED, source)
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    return Device(THIS, kind, memory, speeds, 2 * 4 * COPIED / moving, starting / STARTED, source)
 
 
 def device_of(name: str, place: torch.device, dtype: torch.dtype) -> Device:

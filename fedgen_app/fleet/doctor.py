@@ -34,6 +34,7 @@ LEAST_DAYS = 14
 AHEAD, BEHIND = 5.0, 305.0
 PROCESS = 1000**3  # bytes: Python with torch, transformers and peft, and Flower's own process beside it
 PROCESS_BESIDE = 200 * 1000**2  # bytes: Flower's own process, the SuperNode
+SMALLER = "end other programs, or see docs/devices.md for what makes a run smaller"
 TIMEOUT = 10.0
 CONTROLLERS = Path("/sys/fs/cgroup/cgroup.controllers")  # of the kernel's cgroups, version 2
 
@@ -95,7 +96,8 @@ def hardware() -> Iterator[Finding]:
 
     cpu = torch.device("cpu")
     half = "native" if computes_bfloat16(cpu) else "emulated: dtype = auto takes float32"
-    yield Finding("cpu", True, f"{platform.machine()}, {os.cpu_count()} cores, bfloat16 {half}")
+    features = " ".join(sorted(name for name, there in torch.cpu.get_capabilities().items() if there is True))
+    yield Finding("cpu", True, f"{platform.machine()}, {os.cpu_count()} cores, bfloat16 {half}; {features}")
     yield gpu(wheels.tegra())
 
 
@@ -133,42 +135,60 @@ def no_gpu(jetson: bool, cuda: str | None) -> Finding:
 
 
 def room() -> Finding:
-    """Free memory against what the processes of a server or a simulation take before they load a model."""
+    """Free memory against what the processes take before they load a model."""
     free = psutil.virtual_memory().available
     detail = f"{free / 1e9:.1f} GB free, {PROCESS / 1e9:.1f} GB needed before a model is loaded"
     return Finding("memory", free >= PROCESS, detail, "end other programs")
 
 
-def memory(node: Mapping[str, Any], settings: Settings, gpu_computes: bool = True) -> Finding:
+def memory(
+    node: Mapping[str, Any], settings: Settings, gpu_computes: bool = True, trains: bool = True
+) -> Iterator[Finding]:
     """Free memory, and what the device allows, against the estimate for its backbone and the run's settings.
 
     Args:
+        node: A device's own configuration; of a server or a simulation there is none.
         gpu_computes: False: the estimate is for the CPU, whatever the settings say.
+        trains: Else it measures alone, as a server does.
     """
     from fedgen_app.federation.client import own_choices
     from fedgen_app.fleet.devices import UNMEASURED
     from fedgen_app.fleet.estimate import estimate
-    from fedgen_app.learning.backbone import load_task
+    from fedgen_app.learning.backbone import load_task, pick_device
 
     if load_task(settings.task).probe is None:  # networks so small that the libraries are all that counts
-        return room()
+        yield room()
+        return
     rank = min(int(node.get("rank", 0)) or settings.lora.rank, settings.lora.rank)
     own = own_choices(node) | {"lora.rank": rank, "lora.ranks": ""} | ({} if gpu_computes else {"device": "cpu"})
     try:
         here = Settings.from_run_config(settings.flat() | own)
         needed = estimate(here, str(node.get("backbone", "")), UNMEASURED).memory
+        place = pick_device(here.device)
     except FedgenError as error:
-        return Finding("memory", False, str(error), "until that is mended nobody can say what training takes")
-    free, allowed = psutil.virtual_memory().available, int(node.get("memory", 0))
-    peak, beside = needed.peak + PROCESS_BESIDE, needed.peak - needed.libraries
+        fix = "until that is mended nobody can say what training takes"
+        yield Finding("memory", False, str(error), fix)
+        return
     shape = f"rank {rank}, batches of {here.batch_size}"
     shape += f", {here.sequence_length} tokens" if here.task == "language" else ""
-    detail = f"{free / 1e9:.1f} GB free, {peak / 1e9:.1f} GB needed at the peak ({shape})"
-    fix = "end other programs, or see docs/devices.md for what makes a run smaller"
+    beside, allowed = needed.peak - needed.libraries, int(node.get("memory", 0))
     if allowed and allowed < beside:
         detail = f"memory = {allowed}, training takes {beside} beside the libraries ({shape})"
-        return Finding("memory", False, detail, fix)
-    return Finding("memory", free >= peak, detail, fix)
+        yield Finding("memory", False, detail, SMALLER)
+        return
+    model = needed.model if trains else needed.server - needed.libraries
+    apart = place.type == "cuda" and not wheels.tegra()  # a Jetson's GPU has no memory of its own
+    peak = needed.libraries + PROCESS_BESIDE + (0 if apart else model)
+    yield _fits("memory", psutil.virtual_memory().available, peak, shape)
+    if apart:
+        import torch
+
+        yield _fits("gpu memory", torch.cuda.mem_get_info()[0], model, shape)
+
+
+def _fits(what: str, free: int, peak: int, shape: str) -> Finding:
+    detail = f"{free / 1e9:.1f} GB free, {peak / 1e9:.1f} GB needed at the peak ({shape})"
+    return Finding(what, free >= peak, detail, SMALLER)
 
 
 def allowed(place: Path, mode: int) -> bool:
@@ -275,20 +295,20 @@ def data_there(source: str) -> Finding:
     )
 
 
-def device(node: Mapping[str, Any], address: str, ca: Path | None, settings: Settings) -> Iterator[Finding]:
+def elsewhere(settings: Settings, state: Path, serves: bool) -> Iterator[Finding]:
+    """All findings of a server, or of a machine that simulates, which trains one client at a time.
+
+    Args:
+        state: Where its runs lie.
+    """
+    yield from versions(simulation=not serves)
+    yield from _computing({}, settings, state, trains=not serves)
+
+
+def device(node: Mapping[str, Any], settings: Settings) -> Iterator[Finding]:
     """All findings of a device."""
     yield from versions(simulation=False)
-    gpu_computes = True
-    for finding in hardware():
-        yield finding
-        gpu_computes &= finding.ok
-    source = str(node.get("backbone", ""))
-    yield disk(Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser())
-    if not broken()[0]:
-        there = backbone_there(source, settings.task)
-        yield there
-        if there.ok:
-            yield memory(node, settings, gpu_computes)
+    yield from _computing(node, settings, Path(str(node.get("state-dir", "~/.local/state/fedgen"))).expanduser())
     yield from limits()
     if "data" in node:
         yield data_there(str(node["data"]))
@@ -297,5 +317,19 @@ def device(node: Mapping[str, Any], address: str, ca: Path | None, settings: Set
         yield Finding("policy", True, str(node.get("policy", "none: all is allowed")))
     except FedgenError as error:
         yield Finding("policy", False, str(error), "mend the file; until then this device agrees to nothing")
-    if address and ca:
-        yield from server(address, ca)
+
+
+def _computing(node: Mapping[str, Any], settings: Settings, state: Path, trains: bool = True) -> Iterator[Finding]:
+    """What computes, where its state goes, and whether its backbone is there and fits."""
+    gpu_computes = True
+    for finding in hardware():
+        yield finding
+        gpu_computes &= finding.ok
+    yield disk(state)
+    if broken()[0]:
+        yield room()
+        return
+    there = backbone_there(str(node.get("backbone", "")) or settings.backbone, settings.task)
+    yield there
+    if there.ok:
+        yield from memory(node, settings, gpu_computes, trains)

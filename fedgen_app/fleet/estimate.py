@@ -24,7 +24,7 @@ from fedgen_app.errors import RunError, SettingsError
 from fedgen_app.federation.compatibility import check_method
 from fedgen_app.federation.method import Method
 from fedgen_app.federation.work import round_plan
-from fedgen_app.fleet.devices import Device, device_of
+from fedgen_app.fleet.devices import CLASSES, THIS, Device, device_of
 from fedgen_app.fleet.traffic import traffic
 from fedgen_app.learning import attention
 from fedgen_app.learning.adapters import parameters
@@ -51,6 +51,7 @@ class Memory:
         adapter: As it learns, as it was received, and the optimiser's moments.
         step: Activations and gradients of a batch, or of a forward pass of a measurement, whichever is more.
         kept: What the allocator keeps of smaller pieces that were let go: about as much as was held of them at once.
+        measuring: In place of `step` and `kept`, where nothing is trained.
     """
 
     libraries: int
@@ -58,11 +59,22 @@ class Memory:
     adapter: int
     step: int
     kept: int
+    measuring: int
 
     @property
     def peak(self) -> int:
-        """All of it."""
-        return self.libraries + self.weights + self.adapter + self.step + self.kept
+        """Of a client: all of it."""
+        return self.libraries + self.model
+
+    @property
+    def model(self) -> int:
+        """Of that, what lies where the model computes."""
+        return self.weights + self.adapter + self.step + self.kept
+
+    @property
+    def server(self) -> int:
+        """Of a server, which measures the adapter and trains nothing."""
+        return self.libraries + self.weights + self.adapter + self.measuring
 
 
 @dataclass(frozen=True)
@@ -144,18 +156,18 @@ def estimate(settings: Settings, source: str = "", device: str | Device = "this"
         FedgenError: the settings do not go together, or the backbone is not there.
     """
     method, task = check_method(settings), load_task(settings.task)
-    place = pick_device(settings.device)
+    place = _place(settings, device)
     folder = find(source or settings.backbone, settings.backbone_revision, task, weights=False)
     name = device if isinstance(device, str) else device.name
     dtype = torch.float32 if method.weights == "model" else _dtype(settings, name, place)
     backbone = outlined(settings, folder, task, dtype, method.weights)
-    train, measure = _costs(settings, task, method, backbone)
+    train, measure = _costs(settings, task, method, backbone, place)
     learning = 4 * sum(math.prod(shape) for _, shape in backbone.layout)
-    step, kept = max(train.peak, measure.peak), max(train.heap, measure.heap)
+    step, kept, measuring = max(train.peak, measure.peak), max(train.heap, measure.heap), measure.peak + measure.heap
+    if place.type != "cpu":  # whose allocator keeps next to nothing of small pieces
+        kept, measuring = 0, measure.peak
     copies = COPIES - 1 if method.weights == "model" else COPIES  # the model itself is what learns
-    memory = Memory(
-        libraries(settings.task), backbone.held_bytes, copies * learning, step, kept if place.type == "cpu" else 0
-    )
+    memory = Memory(libraries(settings.task), backbone.held_bytes, copies * learning, step, kept, measuring)
     of = device_of(device, place, dtype) if isinstance(device, str) else device
     sent = traffic(settings, method, backbone.layout)
     plan = round_plan(settings, 1, 0, dtype)
@@ -168,14 +180,30 @@ def estimate(settings: Settings, source: str = "", device: str | Device = "this"
     )
 
 
+def _place(settings: Settings, device: str | Device) -> torch.device:
+    """What computes on the device; of a class that is known, whatever this machine has.
+
+    Raises:
+        SettingsError: the settings say another.
+    """
+    if isinstance(device, Device) or device == THIS:
+        return pick_device(settings.device)
+    kind = CLASSES[device].kind
+    if settings.device not in ("auto", kind):
+        raise SettingsError(f"device = {settings.device!r}: a {device} is counted with its {kind!r}")
+    return torch.device(kind)
+
+
 def _dtype(settings: Settings, device: str, place: torch.device) -> torch.dtype:
     """What ``dtype = auto`` means on another device: what it computes natively."""
-    if settings.dtype != "auto" or device == "this":
+    if settings.dtype != "auto" or device == THIS:
         return pick_dtype(settings.dtype, place)
     return torch.bfloat16 if "bfloat16" in device_of(device, place, torch.float32).multiplies else torch.float32
 
 
-def _costs(settings: Settings, task: Task, method: Method, backbone: Backbone) -> tuple[Cost, Cost]:
+def _costs(
+    settings: Settings, task: Task, method: Method, backbone: Backbone, place: torch.device
+) -> tuple[Cost, Cost]:
     """Of one batch of training, and of one forward pass of a measurement."""
     if task.probe is None:
         raise SettingsError(f"task = {settings.task!r}: what it costs is not counted beforehand")
@@ -187,7 +215,7 @@ def _costs(settings: Settings, task: Task, method: Method, backbone: Backbone) -
         backbone.model.train()
 
         def step() -> None:
-            with attention.suited_to(backbone.device):  # as ``training.train`` has it
+            with attention.suited_to(place):  # as ``training.train`` has it
                 torch.autograd.backward(loss(backbone.model, probe.batch, torch.Generator()))
 
         train = counted(step, backbone.model)

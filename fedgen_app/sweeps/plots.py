@@ -61,6 +61,14 @@ def _save(figure: Any, axes: Axes, file: Path, lines: int) -> None:
     figure.savefig(file, dpi=120, format="png")
 
 
+def _name_steps(axes: Axes, label: str, whole: bool) -> None:
+    """What a training proceeds in, few of them named; rounds have no fractions."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=whole))
+
+
 def _plain(text: str) -> str:
     return text.replace("$", r"\$").removeprefix("_")
 
@@ -73,8 +81,6 @@ def _colour(number: int) -> Any:
 
 def _courses(sweep: Sweep, title: str, part: Sequence[Row], output: Path, mark: str) -> list[tuple[str, str]]:
     """The metric on the server's test set after each measured round, with a band of one deviation over the seeds."""
-    from matplotlib.ticker import MaxNLocator
-
     shown_rows = [row for row in part if any(record.curve for record in row.done)][:LINES]
     if not shown_rows:
         return []
@@ -94,8 +100,7 @@ def _courses(sweep: Sweep, title: str, part: Sequence[Row], output: Path, mark: 
         frozen = [r.figures[f"server_frozen_{metric}"] for row in part for r in row.done if r.source == "server"]
         if frozen and max(frozen) <= 1.001 * min(frozen):
             axes.axhline(frozen[0], color="#555555", linestyle=":", label="frozen backbone")
-        axes.set_xlabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=against == "rounds"))
+        _name_steps(axes, label, whole=against == "rounds")
         axes.set_ylabel(f"{words(metric)}, server's test set")
         axes.set_title(_plain(title or sweep.title), fontsize="medium")
         name = f"against-{against}{mark}.png"
@@ -138,8 +143,6 @@ def _line(axes: Axes, x: Sequence[float], found: Sequence[Spread], number: int, 
 
 def _losses(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, str]]:
     """The clients' training loss after each round, where that is what the rounds are counted by."""
-    from matplotlib.ticker import MaxNLocator
-
     there = [row for row in rows if any(record.losses for record in row.done)]
     left_out, there = len(there[LINES:]), there[:LINES]
     if sweep.target is None or sweep.target.metric != TRAIN_LOSS or not there:
@@ -151,8 +154,7 @@ def _losses(sweep: Sweep, rows: Sequence[Row], output: Path) -> list[tuple[str, 
         found = [spread([losses[n] for losses in known]) for n in rounds]
         _line(axes, [float(n) for n in rounds], found, number, point_name(sweep, row))
     axes.axhline(sweep.target.value, color="#555555", linestyle=":", label="target")
-    axes.set_xlabel("round")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    _name_steps(axes, "round", whole=True)
     axes.set_ylabel(f"{words(TRAIN_LOSS)}, mean over the clients")
     axes.set_title(_plain(sweep.title), fontsize="medium")
     _save(figure, axes, output / "train-loss.png", 2)

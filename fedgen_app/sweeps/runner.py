@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from fedgen_app.engines.keeper import last_lines
+from fedgen_app.engines.keeper import ended_with, last_lines
 from fedgen_app.errors import RunError, SettingsError
 from fedgen_app.files import to_json, write_atomic
 from fedgen_app.runs.progress import Tail
@@ -143,9 +143,8 @@ def reason_of(status: int, log_file: Path) -> str:
     """The last line that a process printed, or the signal that ended it."""
     if status == KILLED:
         return f"killed by the system, which may have run out of memory: fewer --jobs; {log_file}"
-    if status < 0:
-        return f"ended by signal {-status}; {log_file}"
-    return last_lines(log_file.read_bytes(), 1).removeprefix("fedgen: ") or f"exit status {status}; {log_file}"
+    said = last_lines(log_file.read_bytes(), 1).removeprefix("fedgen: ") if status >= 0 else ""
+    return said or f"{ended_with(status)}; {log_file}"
 
 
 @dataclass

@@ -18,6 +18,10 @@ if [ "$files_only" = no ]; then
         command -v "$tool" >/dev/null || die "$tool is missing: this needs a Linux with systemd"
     done
 fi
+seen() {  # seen PATH: the services have a /tmp and a /var/tmp of their own (PrivateTmp)
+    case "$1/" in /tmp/*|/var/tmp/*) if [ "$files_only" = no ]; then die "$1: the services do not see what lies there; lay it elsewhere, and say where in the fleet file"; fi ;; esac
+}
+seen "$environment"
 command -v install >/dev/null || die "install is missing: it is part of coreutils"
 
 python="$environment/bin/python" wheel="fedgen_edge-@{version}-py3-none-any.whl"

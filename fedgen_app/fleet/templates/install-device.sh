@@ -3,6 +3,7 @@
 # every change. An existing policy.toml is left as it is.
 set -eu
 @{common}
+for path in @{paths}; do seen "$path"; done
 make_user
 target="@{config}/@{id}" warm=@{warm} common_key=@{common_key}
 if [ "$files_only" = yes ]; then install -d -m 0755 "@{config}" "@{state}"; else install -d -m 0755 -o root -g root "@{config}" "@{state}"; fi ||
