@@ -216,10 +216,11 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files, or folders of .txt files")
     parser.add_argument("--checkpoint", type=Path, help="folder to save to, and to go on from")
     parser.add_argument("--held-out", type=float, default=0.02, help="fraction of the documents")
+    parser.add_argument("--batch-size", type=int, default=16, help="windows in a step")
     parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler, much faster")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    shape, recipe = Shape(), LanguageRecipe(minutes=args.minutes, steps=args.steps)
+    shape, recipe = Shape(), LanguageRecipe(minutes=args.minutes, steps=args.steps, batch_size=args.batch_size)
 
     training, held_out = split(read_documents(args.text), args.held_out, recipe.seed)
     if args.checkpoint and (args.checkpoint / "tokenizer.json").exists():

@@ -152,7 +152,7 @@ def test_a_language_model_is_trained(tmp_path: Path) -> None:
     texts = [text for topic in TOPICS for text in sentences(topic, 60, 1)]
     (tmp_path / "text.txt").write_text("\f".join(texts))
     options = ["--text", tmp_path / "text.txt", "--output", tmp_path / "made", "--steps", "2", "--threads", "1"]
-    done = script("pretrain_language", *options)
+    done = script("pretrain_language", *options, "--batch-size", "2")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "made" / "training.json").read_text())
     assert report["bits_per_byte"]["after"] < report["bits_per_byte"]["before"]
