@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,7 @@ class Fleet:
 
     def _bring_up(self) -> None:
         file = fleet_file(self.folder, self.devices, self.ports, f"warm = {str(self.warm).lower()}\n")
+        self.device_ports = [d["port"] for d in tomllib.loads(file.read_text(encoding="utf-8"))["device"]]
         made = command("provision", file, "--output", self.folder / "out")
         assert made.status == 0, made.err
         for machine in ("server", *self.devices):

@@ -6,6 +6,8 @@ import hashlib
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -17,6 +19,9 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
+
+from fedgen_app.fleet import loopback
+from fedgen_app.fleet.loopback import Runtime
 
 NODE = 7
 PROJECT = """[project]
@@ -57,15 +62,20 @@ def bundle(name: str = "echo", top: str = "", body: str = "pass", more: Mapping[
 
 
 class Node:
-    """What a worker speaks to."""
+    """What a worker speaks to; over TLS where there is a folder for its certificate."""
 
-    def __init__(self, port: int, secret: bytes | None) -> None:
+    def __init__(self, port: int, secret: bytes | None, tls: Path | None = None) -> None:
         objects = ObjectStoreFactory()
         states = NodeStateFactory(objectstore_factory=objects)
         self.state, self.objects = states.state(), objects.store()
         self.state.set_node_id(NODE)
         app = create_app(state_factory=states, superexec_auth_secret=secret)
-        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+        self.runtime = Runtime(f"127.0.0.1:{port}", tls / "ca.crt" if tls else None)
+        files: dict[str, Any] = {}
+        if tls:
+            loopback.make(tls)  # another one each time, as the start script has it
+            files = {"ssl_certfile": tls / "server.crt", "ssl_keyfile": tls / "server.key"}
+        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", **files))
         self.thread = threading.Thread(target=self.server.run)
         self.runs = 0
 

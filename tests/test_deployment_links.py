@@ -218,7 +218,8 @@ def test_a_full_disk_on_a_device(fleet: Fleet) -> None:
 def test_an_eavesdropper_sees_no_text_and_no_path(fleet: Fleet) -> None:
     if os.geteuid() != 0:
         pytest.skip("a capture needs root")
-    ports = (fleet.ports[0], fleet.ports[1]) if NGINX else (fleet.ports[1],)
+    servers = (fleet.ports[0], fleet.ports[1]) if NGINX else (fleet.ports[1],)
+    ports = (*servers, *fleet.device_ports)
     data = fleet.folder / "data" / "ant"
     kept = (data / "train.jsonl").read_bytes()
     write_records(data / "train.jsonl", {"sea": 6}, seed=3)
@@ -241,8 +242,10 @@ def test_an_eavesdropper_sees_no_text_and_no_path(fleet: Fleet) -> None:
         assert len(capture.seen[port]) > 50_000
         assert [text for text in texts if capture.shows(port, text.encode())] == []
     count = sum(len(capture.seen[port]) for port in ports)
-    happened = f"{capture.packets} packets, {count / 1e6:.1f} MB on the ports of nginx and SuperLink: no text, no path"
-    happened += "; not captured: SuperNode and worker, plain HTTP on the device's own loopback"
+    happened = (
+        f"{capture.packets} packets, {count / 1e6:.1f} MB on the ports of nginx, of the SuperLink and of the three"
+    )
+    happened += " SuperNodes: no text, no path"
     record("a packet capture on loopback", happened, seconds)
 
 

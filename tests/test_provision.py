@@ -24,6 +24,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.cli.flower_config import parse_superlink_connection
 from flwr.cli.supernode.register import try_load_public_key
+from flwr.common.args import try_obtain_server_certificates
 from flwr.common.config import parse_config_args
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
@@ -386,7 +387,25 @@ def test_an_installed_device_starts_flower_as_flower_wants_it(tmp_path: Path) ->
     started(etc / "supernode.sh", tmp_path)
     assert secret.read_bytes() == kept
     asked = ["device-worker", "--runtime", "127.0.0.1:9094", "--secret", str(secret)]
-    assert started(etc / "worker.sh", tmp_path) == asked
+    assert started(etc / "worker.sh", tmp_path) == [*asked, "--ca", parsed.ssl_ca_certfile]
+
+
+def test_what_a_supernode_says_on_loopback_is_under_tls_whatever_the_clock_says(tmp_path: Path) -> None:
+    made = local_fleet(tmp_path)
+    assert install(made, "12", tmp_path / "unpacked", "--files-only", "--offline").returncode == 0
+    seen = []
+    for _ in range(2):
+        script = tmp_path / "etc" / "12" / "supernode.sh"
+        parsed = _parse_args_run_supernode().parse_args(started(script, tmp_path))
+        authority, certificate, key = try_obtain_server_certificates(parsed) or (b"", b"", b"")
+        assert certificates.belongs_to(certificate, key)
+        assert stat.S_IMODE(Path(parsed.ssl_keyfile).stat().st_mode) == 0o600
+        for year in (2001, 2090):
+            assert certificates.days_left(certificate, datetime(year, 1, 1, tzinfo=UTC)) > 1000
+        with serving(Path(parsed.ssl_keyfile).parent, "") as port:
+            handshake(port, Path(parsed.ssl_ca_certfile), "127.0.0.1")
+        seen.append((authority, certificate, key))
+    assert not set(seen[0]) & set(seen[1])  # each start has its own
 
 
 def test_a_device_may_have_no_worker_and_loses_the_one_that_it_had(tmp_path: Path) -> None:

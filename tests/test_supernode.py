@@ -18,6 +18,7 @@ from nodes import NODE, Node, bundle
 
 from fedgen_app.engines.keeper import free_port
 from fedgen_app.fleet import flower_task, supernode
+from fedgen_app.fleet.loopback import Runtime
 
 # Where Flower's SuperNode ends: by an error or without one, and a thread stays that is no daemon.
 ENDS = """
@@ -72,9 +73,8 @@ def test_a_message_whose_run_ends_meanwhile_leaves_no_answer_for_the_next(lost_a
     with Node(free_port(), None) as node:
         fab = bundle()
         done = node.put(fab)
-        address = f"127.0.0.1:{node.server.config.port}"
-        dispatcher = flower_task.dispatcher(address, None)
-        fetch(address, dispatcher)
+        dispatcher = flower_task.dispatcher(node.runtime, None)
+        fetch(node.runtime, dispatcher)
         for task in node.state.get_tasks(run_ids=[done]):
             node.state.finish_task(task.task_id, "completed", "")
         node.state.delete_messages()
@@ -87,7 +87,7 @@ def test_a_message_whose_run_ends_meanwhile_leaves_no_answer_for_the_next(lost_a
         def pull_object(_: int, identifier: str) -> bytes:
             if not fetched:
                 fetched.append(True)
-                fetch(address, dispatcher)
+                fetch(node.runtime, dispatcher)
             if lost_at == "object":
                 raise RunNotRunningException
             return contents[identifier]
@@ -113,11 +113,11 @@ def test_a_message_whose_run_ends_meanwhile_leaves_no_answer_for_the_next(lost_a
         assert bool(node.state.get_messages_legacy(is_reply=True)) != mended
 
 
-def fetch(address: str, dispatcher: Any) -> None:
+def fetch(runtime: Runtime, dispatcher: Any) -> None:
     """What a worker's child does first: it takes the task and its message's header."""
     task = flower_task.acquire(dispatcher)
     assert task
-    client = flower_task._connect(address, task.token, None)
+    client = flower_task._connect(runtime, task.token, None)
     client.PullTaskInput(PullTaskInputRequest())
     client.PullMessages(PullAppMessagesRequest())
     client.close()
@@ -126,9 +126,8 @@ def fetch(address: str, dispatcher: Any) -> None:
 def test_an_answer_that_nobody_waits_for_is_dropped_before_the_next_message() -> None:
     with Node(free_port(), None) as node:
         node.put(bundle())
-        address = f"127.0.0.1:{node.server.config.port}"
-        task = flower_task.acquire(flower_task.dispatcher(address, None))
-        assert task and flower_task.answer_for(address, task, None)
+        task = flower_task.acquire(flower_task.dispatcher(node.runtime, None))
+        assert task and flower_task.answer_for(node.runtime, task, None)
         assert (
             supernode.receive(
                 state=node.state,

@@ -33,7 +33,8 @@ class Running:
     def __init__(self, folder: Path, cold: float | None = None) -> None:
         starting = f"worker.COLD = {cold}" if cold is not None else "pass"
         program = f"from fedgen_app.fleet import worker; {starting}; from fedgen_app.cli import main; main()"
-        self.port, self.log, self.secret = free_port(), folder / "worker.log", folder / "secret"
+        self.port, self.log = free_port(), folder / "worker.log"
+        self.secret, self.tls = folder / "secret", folder / "loopback"
         own = {
             "PYTHONPATH": str(ROOT),
             "FLWR_HOME": str(folder / "flower"),
@@ -50,6 +51,8 @@ class Running:
                     f"127.0.0.1:{self.port}",
                     "--secret",
                     self.secret,
+                    "--ca",
+                    self.tls / "ca.crt",
                 ],
                 stdout=log,
                 stderr=log,
@@ -60,7 +63,7 @@ class Running:
 
     def node(self) -> Node:
         self.secret.write_bytes(SECRET)
-        return Node(self.port, SECRET)
+        return Node(self.port, SECRET, self.tls)
 
     def said(self, text: str, seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds
@@ -234,18 +237,17 @@ def test_a_header_that_is_none_is_named() -> None:
 @pytest.mark.parametrize("fetched", [(), ("PullTaskInput",), ("PullTaskInput", "PullMessages")])
 def test_whatever_a_dead_process_had_fetched_its_task_is_answered_for(fetched: tuple[str, ...]) -> None:
     with Node(free_port(), SECRET) as node:
-        address = f"127.0.0.1:{node.server.config.port}"
-        run, dispatcher = node.put(bundle()), flower_task.dispatcher(address, SECRET)
+        run, dispatcher = node.put(bundle()), flower_task.dispatcher(node.runtime, SECRET)
         task = flower_task.acquire(dispatcher)
         assert task
-        client, header = flower_task._connect(address, task.token, None), None
+        client, header = flower_task._connect(node.runtime, task.token, None), None
         if "PullTaskInput" in fetched:
             client.PullTaskInput(PullTaskInputRequest())
         if "PullMessages" in fetched:
             header = client.PullMessages(PullAppMessagesRequest()).SerializeToString()
-        assert flower_task.answer_for(address, task, header)
+        assert flower_task.answer_for(node.runtime, task, header)
         assert node.reply(run, 5).error.code == 8
-        assert not flower_task.answer_for(address, task, header)  # answered: nobody waits any more
+        assert not flower_task.answer_for(node.runtime, task, header)  # answered: nobody waits any more
         client.close()
         dispatcher.close()
 
@@ -326,11 +328,25 @@ def test_it_has_no_privileges_and_another_secret_gets_nothing(worker: Running) -
             assert {facts[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
     worker.said("lost the SuperNode")
     worker.secret.write_bytes(b"x" * 48)
-    with Node(worker.port, SECRET) as node:
+    with Node(worker.port, SECRET, worker.tls) as node:
         worker.said("its secret is another one")
         node.put(bundle())
         time.sleep(2)
         assert not node.state.get_messages_legacy(is_reply=True)
+
+
+def test_a_supernode_with_another_certificate_gets_no_worker(worker: Running, tmp_path: Path) -> None:
+    """Who takes the port of a SuperNode that is away is not believed, nor is one that speaks no TLS."""
+    worker.said("no SuperNode at")
+    with worker.node() as node:
+        node.numbers(node.reply(node.put(bundle())))
+    for number, other in enumerate((tmp_path / "other", None)):
+        with Node(worker.port, SECRET, other) as node:
+            node.put(bundle())
+            worker.said(("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")[number])
+            assert not node.state.get_messages_legacy(is_reply=True)
+    with worker.node() as node:
+        node.numbers(node.reply(node.put(bundle())))
 
 
 def test_a_refused_worker_tries_ever_more_seldom_and_says_why_once(
@@ -338,7 +354,7 @@ def test_a_refused_worker_tries_ever_more_seldom_and_says_why_once(
 ) -> None:
     (tmp_path / "secret").write_bytes(b"x" * 48)
     with Node(free_port(), SECRET) as node, caplog.at_level("INFO", logger="fedgen_app.fleet.worker"):
-        worker = Worker(f"127.0.0.1:{node.server.config.port}", tmp_path / "secret", 1, pause=0.01)
+        worker = Worker(node.runtime, tmp_path / "secret", 1, pause=0.01)
         worker._wake, other = socket.socketpair()
         for _ in range(3):
             worker._serve(flower_task)

@@ -25,11 +25,16 @@ def device_worker(
     secret: Annotated[
         Path | None, typer.Option(help="The file of the SuperNode's --superexec-auth-secret-file.")
     ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="The file of its --ssl-ca-certfile; without: it speaks plain HTTP.")
+    ] = None,
 ) -> None:
     """Import libraries and backbone once, and fork a child for every task; until SIGTERM."""
     host, _, port = runtime.rpartition(":")
     if host not in LOOPBACK or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise SettingsError(f"--runtime {runtime}: should be 127.0.0.1:PORT; what is sent there is not encrypted")
+        raise SettingsError(
+            f"--runtime {runtime}: should be 127.0.0.1:PORT; a SuperNode's tasks are for its own machine"
+        )
     if sys.platform != "linux":
         raise SettingsError("fedgen device-worker needs Linux; elsewhere use the SuperNode's --isolation subprocess")
     threads = _threads()
@@ -44,9 +49,10 @@ def device_worker(
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for every question
     logging.info("libraries imported in %.1f s", time.monotonic() - began)
 
+    from fedgen_app.fleet.loopback import Runtime
     from fedgen_app.fleet.worker import Worker
 
-    Worker(runtime, secret, threads).run()
+    Worker(Runtime(runtime, ca), secret, threads).run()
 
 
 def _threads() -> int:

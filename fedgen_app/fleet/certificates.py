@@ -54,7 +54,7 @@ def device_public_key(private: bytes, device: str) -> bytes:
     return line + f" {device}\n".encode()
 
 
-def authority(key: bytes, name: str, days: int) -> bytes:
+def authority(key: bytes, name: str, days: int, now: datetime | None = None) -> bytes:
     """A certificate of the fleet's own authority; made anew from the same key, it verifies the same certificates."""
     private = load_key(key)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"FedGen-Edge {name} CA")])
@@ -68,7 +68,7 @@ def authority(key: bytes, name: str, days: int) -> bytes:
         encipher_only=False,
         decipher_only=False,
     )
-    builder = _builder(subject, subject, private.public_key(), days)
+    builder = _builder(subject, subject, private.public_key(), days, now)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(usage, critical=True)
     return _signed(builder, private)

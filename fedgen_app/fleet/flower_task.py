@@ -47,6 +47,7 @@ from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 from google.protobuf.message import DecodeError
 
 from fedgen_app.files import sync_tree, write_atomic
+from fedgen_app.fleet.loopback import Runtime
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 TIMEOUT = 10.0  # seconds for one answer over loopback
@@ -77,14 +78,19 @@ class Done:
     context: Context | None
 
 
-def dispatcher(address: str, secret: bytes | None) -> RuntimeHttpClient:
-    """The connection over which tasks are asked for; it does not try again by itself."""
+def dispatcher(runtime: Runtime, secret: bytes | None) -> RuntimeHttpClient:
+    """The connection over which tasks are asked for; it does not try again by itself.
+
+    Raises:
+        OSError: there is no certificate by which the SuperNode could be known.
+    """
     return RuntimeHttpClient(
-        f"http://{address}",
+        runtime.url,
         interceptors=[
             RuntimeVersionHttpInterceptor(component_name="SuperExec"),
             *([SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})] if secret else []),
         ],
+        verify=runtime.trust(),
         timeout=TIMEOUT,
     )
 
@@ -102,19 +108,20 @@ def acquire(client: RuntimeHttpClient) -> Task | None:
     return Task(found.task.task_id, found.task.fab_hash, found.token)
 
 
-def _connect(address: str, token: str, retry: RetryInvoker | None) -> RuntimeHttpClient:
+def _connect(runtime: Runtime, token: str, retry: RetryInvoker | None) -> RuntimeHttpClient:
     return RuntimeHttpClient(
-        f"http://{address}",
+        runtime.url,
         interceptors=[
             RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
             RuntimeTokenHttpInterceptor(token),
         ],
+        verify=runtime.trust(),
         timeout=TIMEOUT,
         retry_invoker=retry,
     )
 
 
-def carry_out(address: str, task: Task, on_message: Callable[[bytes], None]) -> Done:
+def carry_out(runtime: Runtime, task: Task, on_message: Callable[[bytes], None]) -> Done:
     """Fetch the message, run the bundle's ClientApp on it, answer.
 
     An exception's text stays in this device's log: what is sent is Flower's code for it.
@@ -128,7 +135,7 @@ def carry_out(address: str, task: Task, on_message: Callable[[bytes], None]) -> 
     """
     retry = make_simple_http_retry_invoker()
     retry.max_time = PATIENCE
-    client = _connect(address, task.token, retry)
+    client = _connect(runtime, task.token, retry)
     beats = HeartbeatSender(make_task_heartbeat_fn_http(client))
     beats.start()
     given = client.PullTaskInput(PullTaskInputRequest())
@@ -224,12 +231,16 @@ def _install(fab: Fab, folder: Path) -> None:
     write_atomic(mark, b"")
 
 
-def answer_for(address: str, task: Task, header: bytes | None) -> bool:
+def answer_for(runtime: Runtime, task: Task, header: bytes | None) -> bool:
     """Tell the SuperNode that the process which had this task is dead; whether it took that.
 
     Else it would wait for a minute and, where the task had not even been fetched, for ever.
     """
-    client = _connect(address, task.token, None)
+    try:
+        client = _connect(runtime, task.token, None)
+    except OSError as error:
+        log.warning("the SuperNode was not told of the failed task %d: %s", task.number, type(error).__name__)
+        return False
     try:
         message = _header(PullAppMessagesResponse.FromString(header) if header else _pull_unfetched(client))
         context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {})

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedgen_app.engines.keeper import ended_with
 from fedgen_app.fleet import kernel
+from fedgen_app.fleet.loopback import Runtime
 
 if TYPE_CHECKING:
     from fedgen_app.fleet.flower_task import Task
@@ -81,7 +82,7 @@ class Worker:
         cold: Bundles that could not make themselves ready, with the time before which they are not asked again.
     """
 
-    address: str
+    runtime: Runtime
     secret: Path | None
     threads: int
     stopping: bool = False
@@ -112,7 +113,7 @@ class Worker:
                 while not self.stopping:
                     task = flower.acquire(client)
                     if not last:  # who listens may yet refuse: only now are we let in
-                        log.info("connected to the SuperNode at %s", self.address)
+                        log.info("connected to the SuperNode at %s", self.runtime.address)
                         self.pause, self.said, last = FIRST_PAUSE, ("", 0.0), time.monotonic()
                     if task:
                         self._carry_out(flower, task)
@@ -126,8 +127,8 @@ class Worker:
         while not self.stopping:
             try:
                 secret = self._read_secret()
-                if _listens(self.address):
-                    return flower.dispatcher(self.address, secret)
+                if _listens(self.runtime.address):
+                    return flower.dispatcher(self.runtime, secret)
                 found = "nothing listens there"
             except (OSError, ValueError) as error:
                 found = _short(error)
@@ -138,7 +139,7 @@ class Worker:
         """Say what is wrong, the same no more often than every REMINDER seconds, and wait before the next try."""
         what, when = self.said
         if what != reason or time.monotonic() - when > REMINDER:
-            log.warning(text, self.address, reason)
+            log.warning(text, self.runtime.address, reason)
             self.said = reason, time.monotonic()
         self._wait(self.pause)
         self.pause = min(self.pause * 2, LONGEST_PAUSE)
@@ -163,7 +164,7 @@ class Worker:
         elif not progress.answered:
             told = "given up" if status is None else ended_with(status)
             log.error("task %d ended without an answer, %s", task.number, told)
-            flower.answer_for(self.address, task, progress.header)
+            flower.answer_for(self.runtime, task, progress.header)
         log.info("task %d: %.1f s", task.number, time.monotonic() - began)
         if progress.facts and time.monotonic() >= self.cold.get(task.bundle, 0.0) and not self.stopping:
             self._prepare(task.bundle, progress.folder, progress.facts)
@@ -204,7 +205,7 @@ class Worker:
                 kernel.end_descendants(spared=warm.pid)
                 ending, progress.until = True, time.time() + LOOK  # so long has the warm process to tell of it
             if not spoke:
-                unseen = 0.0 if _listens(self.address) else unseen + LOOK
+                unseen = 0.0 if _listens(self.runtime.address) else unseen + LOOK
                 if unseen > 30.0:
                     log.warning("the SuperNode is gone: task %d is given up", task.number)
                     progress.answered = True  # there is nobody to answer
@@ -258,7 +259,7 @@ class Worker:
         me = os.getpid()
         if (pid := os.fork()) == 0:
             try:
-                zygote.live(theirs, self.address, self.threads, me)
+                zygote.live(theirs, self.runtime, self.threads, me)
             finally:  # it must never come back into a copy of our loop
                 os._exit(1)
         theirs.close()

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedgen_app.fleet import flower_task, kernel
+from fedgen_app.fleet.loopback import Runtime
 
 LARGEST = 128 * 1024  # bytes of one message between the processes
 UNSAFE = 70  # exit status: there were threads
@@ -56,7 +57,7 @@ def receive(channel: socket.socket) -> dict[str, Any] | None:
     return found
 
 
-def live(channel: socket.socket, address: str, threads: int, parent: int) -> NoReturn:
+def live(channel: socket.socket, runtime: Runtime, threads: int, parent: int) -> NoReturn:
     """Do as we are told until the channel closes."""
     kernel.end_with_parent(parent)
     kernel.close_all_but([channel.fileno()])
@@ -69,7 +70,7 @@ def live(channel: socket.socket, address: str, threads: int, parent: int) -> NoR
             _prepare(channel, order["folder"], order["facts"])
         else:
             task = flower_task.Task(order["number"], order["bundle"], order["token"])
-            _serve(channel, address, task, threads)
+            _serve(channel, runtime, task, threads)
     os._exit(0)
 
 
@@ -99,19 +100,19 @@ def _prepare(channel: socket.socket, folder: str, facts: dict[str, Any]) -> None
     send(channel, "prepared", ok=not found)
 
 
-def _serve(channel: socket.socket, address: str, task: flower_task.Task, threads: int) -> None:
+def _serve(channel: socket.socket, runtime: Runtime, task: flower_task.Task, threads: int) -> None:
     if found := kernel.other_threads():
         log.error("the warm process has threads and cannot be forked: %s", ", ".join(found))
         os._exit(UNSAFE)
     me = os.getpid()
     if (pid := os.fork()) == 0:
-        _child(channel, address, task, threads, me)
+        _child(channel, runtime, task, threads, me)
     send(channel, "started", pid=pid)
     _, status = os.waitpid(pid, 0)
     send(channel, "ended", status=os.waitstatus_to_exitcode(status))
 
 
-def _child(channel: socket.socket, address: str, task: flower_task.Task, threads: int, parent: int) -> NoReturn:
+def _child(channel: socket.socket, runtime: Runtime, task: flower_task.Task, threads: int, parent: int) -> NoReturn:
     """Carry out one task and end, without what Python does at its end: that belongs to the process we came from."""
     status = 1
     try:
@@ -120,7 +121,7 @@ def _child(channel: socket.socket, address: str, task: flower_task.Task, threads
 
         torch.set_num_threads(threads)
         done = flower_task.carry_out(
-            address,
+            runtime,
             task,
             on_message=lambda header: send(channel, "message", header=header.hex()),
         )
