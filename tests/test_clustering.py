@@ -50,6 +50,7 @@ def test_a_threshold_can_find_one_cluster_and_silhouette_cannot() -> None:
     vectors, _ = blobs([7], 0.05)
     assert set(agglomerate(vectors @ vectors.T, "threshold", 8, 0.5)) == {0}
     assert len(set(agglomerate(vectors @ vectors.T, "silhouette", 8, 0.5))) > 1
+    assert set(agglomerate(vectors @ vectors.T, "silhouette", 1, 0.5)) == {0}  # where no more than one is wanted
 
 
 @pytest.mark.parametrize("choose", ["count", "threshold", "silhouette"])

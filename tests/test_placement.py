@@ -245,6 +245,11 @@ def test_by_adapters_factors_are_compared_only_until_there_are_clusters() -> Non
     updates = [trained(begun, towards, client) for client, towards in enumerate((one, one, other, other))]
     first = there.measure(nobody_yet(), updates, [begun] * 4, lora)
     assert first.products == pytest.approx(products_of_b(updates))
+    # A reply of a smaller rank cannot be compared, and half of them would be too few to divide by.
+    small = [replace(update, adapter=random_adapter(5, 1), rank=1) for update in updates]
+    some = there.measure(nobody_yet(), [*updates[:3], small[3]], [begun] * 4, lora)
+    assert some and some.clients == (0, 1, 2)
+    assert there.measure(nobody_yet(), [*updates[:2], *small[2:]], [begun] * 4, lora) is None
     # Two clusters later with bases of their own; client 1 has come to want what those of the other cluster do.
     turn = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(9)))[0]
     starts = [begun, begun, turned(begun, turn), turned(begun, turn)]

@@ -113,8 +113,10 @@ def test_with_a_key_the_device_turns_its_vector_and_others_give_weights(tmp_path
     with listening(run) as service:
         there = command(*asked, "--via", service.url, "--cluster-key", key)
         assert (there.status, there.out) == (0, here.out), there.err
+        sent = service.metric("received_bytes_total")
         without = command(*asked, "--via", service.url)
-        assert without.status == 3 and "HTTP 409" in without.err and "secret key" in without.err
+        assert without.status == 3 and "another secret key" in without.err
+        assert service.metric("received_bytes_total") == sent > 0  # the vector that was not turned stayed here
         weights = command(*asked, "--via", service.url, "--mix", f"{best[0]}:1")
         assert weights.status == 0, weights.err
 

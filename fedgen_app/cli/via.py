@@ -51,6 +51,7 @@ class Via:
             ServiceError: the service refuses, or does not answer.
         """
         from fedgen_app.federation.protection import read_key
+        from fedgen_app.serving import asks
         from fedgen_app.serving.client import Choice, Remote, draw, write_with
 
         key = read_key(key_file) if key_file else b""
@@ -58,6 +59,8 @@ class Via:
         choice = Choice.of(settings, task, backbone, texts, each, key, encoder)
         with connected(self.url, self.ca) as client:
             remote = Remote(client, self.url.rstrip("/"), self.token, backbone.fingerprint)
+            if asks.SPACE in choice.facts:
+                remote.check_space(choice.facts[asks.SPACE])
             if task.stages is not None and task.stages.hides(backbone):
                 return draw(remote, settings, task, backbone, texts, count, seed, choice, self.split)
             if self.split:

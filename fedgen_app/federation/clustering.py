@@ -39,7 +39,7 @@ def agglomerate(cosine: Numbers, choose: str, count: int, threshold: float) -> l
     Args:
         choose: ``count``: that many (one each where there are fewer things); ``threshold``: as many as are further
             apart than ``threshold``, which may be one; ``silhouette``: the number from 2 to ``count`` with the best
-            mean silhouette (Rousseeuw 1987), never one; of fewer than three things it makes one each.
+            mean silhouette (Rousseeuw 1987), one only where ``count`` is; of fewer than three things it makes one each.
     """
     from sklearn.cluster import AgglomerativeClustering
     from sklearn.metrics import silhouette_score
@@ -47,8 +47,8 @@ def agglomerate(cosine: Numbers, choose: str, count: int, threshold: float) -> l
     things = len(cosine)
     distance = np.clip(1 - cosine, 0, 2)
     np.fill_diagonal(distance, 0)
-    if things == 1:
-        return [0]
+    if things == 1 or choose == "silhouette" and count == 1:
+        return [0] * things
 
     def cut(number: int | None) -> list[int]:
         found = AgglomerativeClustering(

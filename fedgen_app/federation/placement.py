@@ -190,13 +190,18 @@ class Placement:
             received: What each of them started from, at its rank.
 
         Returns:
-            None where too few replies changed anything: of one or two it may be chance, of newcomers nobody's fault.
+            None where too few replies changed anything: of one or two it may be chance, of newcomers nobody's fault;
+            or too few can be compared.
 
         Raises:
             RunError: nothing that the method sends tells it.
         """
-        clients = tuple(update.client for update in updates)
         factors = self._by == "adapters" and not groups.clustered
+        if factors:  # a method may let a client answer at a smaller rank, whose factors are of another size
+            updates = [update for update in updates if update.rank == lora.rank]
+            if len(updates) < self.enough():
+                return None
+        clients = tuple(update.client for update in updates)
         seen = products_of_b(updates) if factors else gram_of_changes(updates, received, lora).numpy()
         if not seen.any():
             if groups.clustered or len(updates) < self.enough():
@@ -236,8 +241,7 @@ class Placement:
         wanted = self.settings.clusters
         cosine, away = clustering.cosines(seen.products), self._away(groups, seen.clients)
         room = max(1, wanted.count - len(away))
-        choose = "count" if away and room == 1 and wanted.choose == "silhouette" else wanted.choose  # that is never one
-        labels = clustering.agglomerate(cosine, choose, room, wanted.threshold)
+        labels = clustering.agglomerate(cosine, wanted.choose, room, wanted.threshold)
         now = dict(zip(seen.clients, labels, strict=True))
         names = clustering.matched(groups.where, now, groups.free if groups.clustered else 0)
         places = {client: names[label] for client, label in now.items()}

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -187,6 +187,11 @@ def make_app(service: Service) -> FastAPI:
     async def told(request: Request) -> Response:
         service.known(request)
         return Response(service.counted.text(), media_type=metrics.MEDIA_TYPE)
+
+    @app.get(f"/v1/{asks.SPACE}")
+    async def space(request: Request) -> Response:
+        service.known(request)
+        return PlainTextResponse(service.frame.space)
 
     def offer(kind: Kind) -> None:
         @app.post(f"/v1/{kind}")

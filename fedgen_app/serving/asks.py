@@ -167,13 +167,22 @@ def _mixtures(tensors: dict[str, Tensor], space: str | None, frame: Frame) -> tu
     return _weighted(clusters, weights, frame) if clusters is not None and weights is not None else ()
 
 
-def _likened(vector: Tensor, space: str, frame: Frame) -> tuple[Mixture, ...]:
-    if not frame.centroids:
+def check_space(space: str, centroids: str) -> None:
+    """Whether a vector can be compared with the centroids: the device asks itself that before it sends one.
+
+    Raises:
+        ServiceError: 409: it lies in another space; 422: no centroids are there.
+    """
+    if not centroids:
         raise ServiceError(422, f"{VECTOR}: the clusters of this run do not come from prompts; send {WEIGHTS}")
-    if space != frame.space:
+    if space != centroids:
         raise ServiceError(
             409, f"{VECTOR}: of another encoder or another secret key than the run's devices have; or send {WEIGHTS}"
         )
+
+
+def _likened(vector: Tensor, space: str, frame: Frame) -> tuple[Mixture, ...]:
+    check_space(space, frame.space if frame.centroids else "")
     _shaped(VECTOR, vector, torch.float32, (frame.width,), frame.most_images)
     rows = vector.double().numpy()
     if not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=OFF):

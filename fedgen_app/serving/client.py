@@ -54,12 +54,23 @@ class Remote:
             ServiceError: it refuses, or there is no answer, or one of more than ``most`` bytes.
         """
         content = body.write(tensors, {**facts, asks.BACKBONE: self.fingerprint})
-        headers = {"Content-Type": body.MEDIA_TYPE, "Accept-Encoding": "identity"}
+        return self._answer("POST", kind, content, {"Content-Type": body.MEDIA_TYPE}, most)
+
+    def check_space(self, space: str) -> None:
+        """Whether the service compares vectors of this space; asked first, as one that was not turned tells too much.
+
+        Raises:
+            ServiceError: it does not, or there is no answer.
+        """
+        asks.check_space(space, self._answer("GET", asks.SPACE, b"", {}, MOST_ERROR).decode("utf-8", "replace"))
+
+    def _answer(self, method: str, path: str, content: bytes, headers: Mapping[str, str], most: int) -> bytes:
+        headers = {**headers, "Accept-Encoding": "identity"}
         headers |= {"Authorization": f"Bearer {self.token}"} if self.token else {}
         for last in (False,) * (TRIES - 1) + (True,):
             self.sent += len(content)
             try:
-                status, found, later = self._once(kind, content, headers, most)
+                status, found, later = self._once(method, path, content, headers, most)
             except httpx.TransportError as error:
                 raise ServiceError(0, f"{self.url}: {error or type(error).__name__}") from None
             if status == 200:
@@ -70,10 +81,12 @@ class Remote:
             time.sleep(later)
         raise AssertionError("unreachable")
 
-    def _once(self, kind: Kind, content: bytes, headers: Mapping[str, str], most: int) -> tuple[int, bytes, float]:
+    def _once(
+        self, method: str, path: str, content: bytes, headers: Mapping[str, str], most: int
+    ) -> tuple[int, bytes, float]:
         found = bytearray()
-        url = f"{self.url}/v1/{kind}"
-        with self.client.stream("POST", url, content=content, headers=headers, timeout=TIMEOUTS) as answer:
+        url = f"{self.url}/v1/{path}"
+        with self.client.stream(method, url, content=content, headers=headers, timeout=TIMEOUTS) as answer:
             for piece in answer.iter_raw():  # never unpacked: what it would become has no bound
                 found += piece
                 if answer.status_code != 200 and len(found) >= MOST_ERROR:
