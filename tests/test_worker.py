@@ -21,7 +21,7 @@ from nodes import Node, bundle
 
 from fedgen_app.engines.keeper import free_port
 from fedgen_app.fleet import flower_task
-from fedgen_app.fleet.worker import FIRST_PAUSE, Worker
+from fedgen_app.fleet.worker import COLD, FIRST_PAUSE, Worker
 
 SECRET = b"s" * 48
 pytestmark = pytest.mark.slow
@@ -30,9 +30,8 @@ pytestmark = pytest.mark.slow
 class Running:
     """A worker on a port, and what it wrote."""
 
-    def __init__(self, folder: Path, cold: float | None = None) -> None:
-        starting = f"worker.COLD = {cold}" if cold is not None else "pass"
-        program = f"from fedgen_app.fleet import worker; {starting}; from fedgen_app.cli import main; main()"
+    def __init__(self, folder: Path, cold: float) -> None:
+        program = f"from fedgen_app.fleet import worker; worker.COLD = {cold}; from fedgen_app.cli import main; main()"
         self.port, self.log = free_port(), folder / "worker.log"
         self.secret, self.tls = folder / "secret", folder / "loopback"
         own = {
@@ -80,8 +79,8 @@ def worker(tmp_path: Path) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def closing_worker(folder: Path, cold: float | None = None) -> Iterator[Running]:
-    """A worker, ended with all below it; ``cold``: other seconds until it asks a bundle again than it has itself."""
+def closing_worker(folder: Path, cold: float = COLD) -> Iterator[Running]:
+    """A worker, ended with all below it; after ``cold`` seconds it asks a bundle again that could not get warm."""
     running = Running(folder, cold)
     try:
         yield running
@@ -144,7 +143,7 @@ def prepare(facts):
 """
 
 
-@pytest.mark.parametrize("cold", [0.0, 3600.0])
+@pytest.mark.parametrize("cold", [0.0, COLD])
 def test_what_could_not_get_warm_is_asked_again_some_time_later(cold: float, tmp_path: Path) -> None:
     marks, backbone = tmp_path / "marks", tmp_path / "backbone"
     marks.mkdir()

@@ -21,6 +21,9 @@ TOGETHER = 1.4
 REPEATS, SIDE, COPIED, STARTED = 12, 768, 8_000_000, 2000
 
 
+Kind = Literal["cpu", "cuda"]
+
+
 @dataclass(frozen=True)
 class Device:
     """What an estimate needs to know of a device.
@@ -34,7 +37,7 @@ class Device:
     """
 
     name: str
-    kind: Literal["cpu", "cuda"]
+    kind: Kind
     memory: int
     multiplies: dict[str, float]
     moves: float
@@ -51,13 +54,7 @@ class Device:
 
 
 def _class(
-    name: str,
-    kind: Literal["cpu", "cuda"],
-    memory: int,
-    multiplies: dict[str, float],
-    moves: float,
-    start: float,
-    source: str,
+    name: str, kind: Kind, memory: int, multiplies: dict[str, float], moves: float, start: float, source: str
 ) -> tuple[str, Device]:
     reached = {dtype: REACHED * peak for dtype, peak in multiplies.items()}
     return name, Device(name, kind, memory, reached, REACHED * moves, start, source)
@@ -130,7 +127,7 @@ def measured(device: torch.device, dtype: torch.dtype, clock: Callable[[], float
     speeds = {"float32": 2 * SIDE**3 / product} | {name: 2 * SIDE**3 / product}
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else psutil.virtual_memory().total
     source = f"measured now, {torch.get_num_threads()} threads" if device.type == "cpu" else "measured now"
-    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    kind: Kind = "cuda" if device.type == "cuda" else "cpu"
     return Device(THIS, kind, memory, speeds, 2 * 4 * COPIED / moving, starting / STARTED, source)
 
 

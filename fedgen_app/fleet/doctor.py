@@ -166,17 +166,16 @@ def memory(
         needed = estimate(here, str(node.get("backbone", "")), UNMEASURED).memory
         place = pick_device(here.device)
     except FedgenError as error:
-        fix = "until that is mended nobody can say what training takes"
-        yield Finding("memory", False, str(error), fix)
+        yield Finding("memory", False, str(error), "until that is mended nobody can say what training takes")
         return
     shape = f"rank {rank}, batches of {here.batch_size}"
     shape += f", {here.sequence_length} tokens" if here.task == "language" else ""
-    beside, allowed = needed.peak - needed.libraries, int(node.get("memory", 0))
-    if allowed and allowed < beside:
-        detail = f"memory = {allowed}, training takes {beside} beside the libraries ({shape})"
+    allowed = int(node.get("memory", 0))
+    if allowed and allowed < needed.model:
+        detail = f"memory = {allowed}, training takes {needed.model} beside the libraries ({shape})"
         yield Finding("memory", False, detail, SMALLER)
         return
-    model = needed.model if trains else needed.server - needed.libraries
+    model = needed.model if trains else needed.measured_model
     apart = place.type == "cuda" and not wheels.tegra()  # a Jetson's GPU has no memory of its own
     peak = needed.libraries + PROCESS_BESIDE + (0 if apart else model)
     yield _fits("memory", psutil.virtual_memory().available, peak, shape)

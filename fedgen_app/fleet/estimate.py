@@ -72,9 +72,9 @@ class Memory:
         return self.weights + self.adapter + self.step + self.kept
 
     @property
-    def server(self) -> int:
-        """Of a server, which measures the adapter and trains nothing."""
-        return self.libraries + self.weights + self.adapter + self.measuring
+    def measured_model(self) -> int:
+        """The same of a server, which measures the adapter and trains nothing."""
+        return self.weights + self.adapter + self.measuring
 
 
 @dataclass(frozen=True)

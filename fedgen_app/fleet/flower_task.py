@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -84,14 +85,19 @@ def dispatcher(runtime: Runtime, secret: bytes | None) -> RuntimeHttpClient:
     Raises:
         OSError: there is no certificate by which the SuperNode could be known.
     """
+    own = [SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})] if secret else []
+    return _client(runtime, "SuperExec", own, None)
+
+
+def _client(
+    runtime: Runtime, component: str, own: Sequence[ProtobufClientInterceptor], retry: RetryInvoker | None
+) -> RuntimeHttpClient:
     return RuntimeHttpClient(
         runtime.url,
-        interceptors=[
-            RuntimeVersionHttpInterceptor(component_name="SuperExec"),
-            *([SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})] if secret else []),
-        ],
+        interceptors=[RuntimeVersionHttpInterceptor(component_name=component), *own],
         verify=runtime.trust(),
         timeout=TIMEOUT,
+        retry_invoker=retry,
     )
 
 
@@ -109,16 +115,7 @@ def acquire(client: RuntimeHttpClient) -> Task | None:
 
 
 def _connect(runtime: Runtime, token: str, retry: RetryInvoker | None) -> RuntimeHttpClient:
-    return RuntimeHttpClient(
-        runtime.url,
-        interceptors=[
-            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
-            RuntimeTokenHttpInterceptor(token),
-        ],
-        verify=runtime.trust(),
-        timeout=TIMEOUT,
-        retry_invoker=retry,
-    )
+    return _client(runtime, "flwr-clientapp", [RuntimeTokenHttpInterceptor(token)], retry)
 
 
 def carry_out(runtime: Runtime, task: Task, on_message: Callable[[bytes], None]) -> Done:
@@ -237,22 +234,16 @@ def answer_for(runtime: Runtime, task: Task, header: bytes | None) -> bool:
     Else it would wait for a minute and, where the task had not even been fetched, for ever.
     """
     try:
-        client = _connect(runtime, task.token, None)
-    except OSError as error:
+        with contextlib.closing(_connect(runtime, task.token, None)) as client:
+            message = _header(PullAppMessagesResponse.FromString(header) if header else _pull_unfetched(client))
+            context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {})
+            TaskIdentity.task_id, TaskIdentity.run_id = task.number, context.run_id
+            TaskIdentity.node_id = context.node_id
+            push_message(client, Message(Error(ErrorCode.CLIENT_APP_CRASHED), reply_to=message), context)
+            push_task_output(client, None, SubStatus.FAILED, "")
+    except (httpx.HTTPError, OSError, ValueError) as error:
         log.warning("the SuperNode was not told of the failed task %d: %s", task.number, type(error).__name__)
         return False
-    try:
-        message = _header(PullAppMessagesResponse.FromString(header) if header else _pull_unfetched(client))
-        context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {})
-        TaskIdentity.task_id, TaskIdentity.run_id = task.number, context.run_id
-        TaskIdentity.node_id = context.node_id
-        push_message(client, Message(Error(ErrorCode.CLIENT_APP_CRASHED), reply_to=message), context)
-        push_task_output(client, None, SubStatus.FAILED, "")
-    except (httpx.HTTPError, ValueError) as error:
-        log.warning("the SuperNode was not told of the failed task %d: %s", task.number, type(error).__name__)
-        return False
-    finally:
-        client.close()
     return True
 
 

@@ -8,7 +8,6 @@ the device's own, nobody else knows them, and none of them has to be renewed.
 
 from __future__ import annotations
 
-import os
 import ssl
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedgen_app.files import write_atomic
+from fedgen_app.fleet import certificates
 
 # For whatever the clock says: a small device has none that runs while it is off.
 SINCE, DAYS = datetime(2000, 1, 1, tzinfo=UTC), 36500
@@ -49,14 +49,11 @@ class Runtime:
 
 def make(folder: Path) -> None:
     """Write a certificate for this machine's loopback, its key, and an authority whose key is kept nowhere."""
-    from fedgen_app.fleet import certificates
-
     ca_key, key = certificates.new_key(), certificates.new_key()
     ca = certificates.authority(ca_key, "loopback", DAYS, SINCE)
     certificate = certificates.server_certificate(ca, ca_key, key, certificates.LOCAL, DAYS, SINCE)
     for name, content in (("server.key", key), ("server.crt", certificate), ("ca.crt", ca)):
-        write_atomic(folder / name, content)
-        os.chmod(folder / name, 0o600)
+        write_atomic(folder / name, content)  # readable for its owner alone
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ CLUSTER_KEY_BYTES = 32
 MARK = "fleet.json"
 IGNORE = ".gitignore"  # of everything: whoever keeps the fleet file under version control does not keep its keys there
 SOON = 30  # days before the end of a certificate in which it is told
+RESTORE = "put your copy of it back; if there is none, name a new folder with --output and install all machines"
 KEPT = (RECORD, LOCK)  # of `fedgen register`, where that is given this folder: what the SuperLink knows is not ours
 
 
@@ -180,10 +181,7 @@ def _authority_key(folder: Path) -> bytes:
     """What signs. Another one in its place would make an authority that no installed device trusts."""
     file = folder / "ca.key"
     if not file.exists():
-        raise SettingsError(
-            f"{file}: is missing beside ca.crt, and something has to be signed: put your copy of it back; if there is "
-            "none, name a new folder with --output and install all machines"
-        )
+        raise SettingsError(f"{file}: is missing beside ca.crt, and something has to be signed: {RESTORE}")
     return _read(file, certificates.load_key)
 
 
@@ -193,10 +191,7 @@ def _read(file: Path, parse: Callable[[bytes], object]) -> bytes:
     try:
         parse(content)
     except ValueError as error:
-        raise SettingsError(
-            f"{file}: damaged: {error}; put your copy of it back; if there is none, name a new folder with --output "
-            "and install all machines"
-        ) from None
+        raise SettingsError(f"{file}: damaged: {error}; {RESTORE}") from None
     return content
 
 
@@ -205,7 +200,7 @@ def _server(fleet: Fleet, output: Path, ca: bytes, renew: bool) -> tuple[str, di
     folder, hosts = output / "server", fleet.server.hosts
     names = ("server.crt", "server.key", "superexec.secret")
     there = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
-    if len(there) < len(names):
+    if first := len(there) < len(names):
         reason = "it is the first"
     elif renew:
         reason = "--renew"
@@ -218,7 +213,7 @@ def _server(fleet: Fleet, output: Path, ca: bytes, renew: bool) -> tuple[str, di
     key, ca_key = certificates.new_key(), _authority_key(output / "ca")
     days = min(fleet.certificates.server_days, max(1, certificates.days_left(ca)))
     files = there | {"server.key": key, "server.crt": certificates.server_certificate(ca, ca_key, key, hosts, days)}
-    if len(there) < len(names) or renew:
+    if first or renew:
         files["superexec.secret"] = secrets.token_bytes(SECRET_BYTES)
     return reason, files | {"ca.crt": ca}
 

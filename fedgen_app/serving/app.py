@@ -191,7 +191,7 @@ def make_app(service: Service) -> FastAPI:
     @app.get(f"/v1/{asks.SPACE}")
     async def space(request: Request) -> Response:
         service.known(request)
-        return PlainTextResponse(service.frame.space)
+        return PlainTextResponse(service.frame.compared)
 
     def offer(kind: Kind) -> None:
         @app.post(f"/v1/{kind}")

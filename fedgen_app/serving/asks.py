@@ -64,6 +64,11 @@ class Frame:
         """Of a direction; 0 where there are no centroids."""
         return next((len(centre) for centre in self.centroids.values()), 0)
 
+    @property
+    def compared(self) -> str:
+        """The space whose vectors are compared with the centroids; "" where there are none."""
+        return self.space if self.centroids else ""
+
     @functools.cached_property
     def most_bytes(self) -> int:
         """Of a body: one of the largest request that would be carried out."""
@@ -182,7 +187,7 @@ def check_space(space: str, centroids: str) -> None:
 
 
 def _likened(vector: Tensor, space: str, frame: Frame) -> tuple[Mixture, ...]:
-    check_space(space, frame.space if frame.centroids else "")
+    check_space(space, frame.compared)
     _shaped(VECTOR, vector, torch.float32, (frame.width,), frame.most_images)
     rows = vector.double().numpy()
     if not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=OFF):

@@ -19,7 +19,8 @@ if [ "$files_only" = no ]; then
     done
 fi
 seen() {  # seen PATH: the services have a /tmp and a /var/tmp of their own (PrivateTmp)
-    case "$1/" in /tmp/*|/var/tmp/*) if [ "$files_only" = no ]; then die "$1: the services do not see what lies there; lay it elsewhere, and say where in the fleet file"; fi ;; esac
+    if [ "$files_only" = yes ]; then return; fi
+    case "$1/" in /tmp/*|/var/tmp/*) die "$1: the services do not see what lies there; lay it elsewhere, and say where in the fleet file" ;; esac
 }
 seen "$environment"
 command -v install >/dev/null || die "install is missing: it is part of coreutils"

@@ -2,11 +2,12 @@
 # Starts the SuperNode of device @{id}; made by `fedgen provision` @{version}.
 @{common}
 # What it says to its own processes on loopback is under TLS too, with a certificate that is made at each start.
-"@{environment}/bin/python" -P -m fedgen_app.fleet.loopback "@{state}/@{id}/loopback"
+loopback="@{state}/@{id}/loopback"
+"@{environment}/bin/python" -P -m fedgen_app.fleet.loopback "$loopback"
 set -- \
-    --ssl-certfile "@{state}/@{id}/loopback/server.crt" \
-    --ssl-keyfile "@{state}/@{id}/loopback/server.key" \
-    --ssl-ca-certfile "@{state}/@{id}/loopback/ca.crt" \
+    --ssl-certfile "$loopback/server.crt" \
+    --ssl-keyfile "$loopback/server.key" \
+    --ssl-ca-certfile "$loopback/ca.crt" \
     --superlink "@{address}" \
     --root-certificates "@{config}/@{id}/ca.crt" \
     --auth-supernode-private-key "@{config}/@{id}/device.key" \
