@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,16 @@ class Node:
 
     def reply(self, run: int, seconds: float = 60.0) -> Message:
         """What was answered."""
+        (found,) = self.replies(run, seconds)
+        return found
+
+    def replies(self, run: int, seconds: float = 60.0) -> Sequence[Message]:
+        """What was answered until something was; more than one answer may be."""
         end = time.monotonic() + seconds
         while not (found := self.state.get_messages_legacy(run_ids=[run], is_reply=True)):
             assert time.monotonic() < end, "no reply"
             time.sleep(0.05)
-        assert len(found) == 1
-        return found[0]
+        return found
 
     def numbers(self, message: Message) -> tuple[int, int]:
         """Process and parent that an echo's reply names."""

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    PullTaskInputRequest,
+    PushAppMessagesRequest,
+)
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.task_identity import TaskIdentity
 from nodes import NODE, Node, bundle
 
 from fedgen_app.engines.keeper import free_port
@@ -143,3 +155,112 @@ def test_an_answer_that_nobody_waits_for_is_dropped_before_the_next_message() ->
             is None
         )
         assert not node.state.get_messages_legacy(is_reply=True)
+
+
+class Sent:
+    """What a SuperNode's loop sends: ids of the messages answered, and the codes of errors."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.answers: list[tuple[str, int | None]] = []
+
+    def __call__(self) -> Sent:
+        def send(message: Message, tree: Any, _: float) -> tuple[set[str], str]:
+            code = message.error.code if message.has_error() else None
+            self.answers.append((message.metadata.reply_to_message_id, code))
+            return {part.object_id for part in iterate_object_tree(tree)}, ""
+
+        supernode.send(
+            state=self.node.state,
+            object_store=self.node.objects,
+            send=send,
+            push_object=lambda *parts: self.put(parts[-1]),
+        )
+        return self
+
+    def put(self, content: bytes) -> None:
+        assert content
+
+
+def begun(node: Node, dispatcher: Any) -> tuple[flower_task.Task, Any, Message, Context]:
+    """A task whose message is fetched: itself, its connection, the message and its context."""
+    task = flower_task.acquire(dispatcher)
+    assert task
+    client = flower_task._connect(node.runtime, task.token, None)
+    client.PullTaskInput(PullTaskInputRequest())
+    message = flower_task._header(client.PullMessages(PullAppMessagesRequest()))
+    context = Context(message.metadata.run_id, NODE, {}, RecordDict(), {})
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task.number, context.run_id, NODE
+    return task, client, message, context
+
+
+def header(message: Message) -> bytes:
+    """As a worker's child passes it on."""
+    tree = ObjectTree(object_id=message.metadata.message_id)
+    pulled = PullAppMessagesResponse(messages_list=[message_to_proto(message)], message_object_trees=[tree])
+    return pulled.SerializeToString()
+
+
+@pytest.mark.parametrize("answered_for", [True, False])
+def test_half_an_answer_whose_process_died_is_an_error_and_holds_up_nothing(answered_for: bool) -> None:
+    with Node(free_port(), None) as node:
+        node.put(bundle())
+        dispatcher = flower_task.dispatcher(node.runtime, None)
+        task, client, message, _ = begun(node, dispatcher)
+        reply = Message(RecordDict({"config": ConfigRecord({"half": 1})}), reply_to=message)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        client.PushMessages(
+            PushAppMessagesRequest(
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[get_object_tree(reply)],
+            )
+        )
+        if answered_for:
+            assert flower_task.answer_for(node.runtime, task, header(message))
+        else:  # nobody is left who could: the SuperNode misses the heartbeats
+            for token in node.state.task_token_store.values():  # type: ignore[attr-defined]
+                token.active_until = now() - timedelta(seconds=1)
+        sent = Sent(node)()
+        assert sent.answers == [(message.metadata.message_id, ErrorCode.CLIENT_APP_CRASHED)]
+        node.put(bundle())
+        _, client, message, context = begun(node, dispatcher)
+        flower_task.push_message(client, Message(RecordDict(), reply_to=message), context)
+        assert sent().answers[1:] == [(message.metadata.message_id, None)]
+
+
+def test_parts_that_are_still_brought_are_waited_for() -> None:
+    with Node(free_port(), None) as node:
+        node.put(bundle())
+        _, client, message, context = begun(node, flower_task.dispatcher(node.runtime, None))
+        slow = client.PushObject
+
+        def push(*arguments: Any) -> Any:
+            time.sleep(0.5)
+            return slow(*arguments)
+
+        client.PushObject = push
+        sent = Sent(node)
+        thread = threading.Thread(target=sent)
+        thread.start()
+        reply = Message(RecordDict({"config": ConfigRecord({"slow": 1})}), reply_to=message)
+        flower_task.push_message(client, reply, context)
+        thread.join(20)
+        assert sent.answers == [(message.metadata.message_id, None)]
+
+
+def test_of_two_answers_to_one_message_the_first_is_sent_and_no_other_is_left() -> None:
+    with Node(free_port(), None) as node:
+        node.put(bundle())
+        task, client, message, context = begun(node, flower_task.dispatcher(node.runtime, None))
+        flower_task.push_message(client, Message(RecordDict(), reply_to=message), context)
+        assert flower_task.answer_for(node.runtime, task, header(message))
+        assert Sent(node)().answers == [(message.metadata.message_id, None)]
+        assert not node.state.get_messages_legacy(is_reply=True)
+
+
+def test_a_task_that_ends_without_an_answer_is_answered_with_an_error() -> None:
+    with Node(free_port(), None) as node:
+        node.put(bundle())
+        task, _, message, _ = begun(node, flower_task.dispatcher(node.runtime, None))
+        assert flower_task.finish(node.runtime, task)
+        assert Sent(node)().answers == [(message.metadata.message_id, ErrorCode.CLIENT_APP_CRASHED)]

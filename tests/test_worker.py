@@ -278,14 +278,33 @@ def test_no_bundle_ends_the_worker_or_makes_it_tell_an_errors_text(worker: Runni
     worker.said("no SuperNode at")
     with worker.node() as node:
         for number, (what, parts) in enumerate(HOSTILE.items()):
-            reply = node.reply(node.put(bundle(f"bad-{number}", **parts), f"bad-{number}"), 30)
-            if reply.has_error():
-                assert reply.error.code in (1, 2, 8) and not reply.error.reason, what
+            # Two where it was ended while it handed over the first: a SuperNode sends one (test_supernode.py).
+            for reply in node.replies(node.put(bundle(f"bad-{number}", **parts), f"bad-{number}"), 30):
+                if reply.has_error():
+                    assert reply.error.code in (1, 2, 8) and not reply.error.reason, what
             node.numbers(node.reply(node.put(bundle())))
         assert worker.process.poll() is None
     assert SECRET_TEXT in worker.log.read_text()  # the device's owner reads what happened
     below = psutil.Process(worker.process.pid).children(recursive=True)
     assert not [p for p in below if "987" in p.cmdline()]
+
+
+def test_a_process_that_dies_once_it_has_answered_leaves_no_second_answer(worker: Running) -> None:
+    """Nor a task whose heartbeats the SuperNode would miss a minute later."""
+    dies = """
+import inspect
+for frame in inspect.stack():
+    if "push_task_output" in frame.frame.f_globals:
+        frame.frame.f_globals["push_task_output"] = lambda *_: os.kill(os.getpid(), 9)"""
+    worker.said("no SuperNode at")
+    with worker.node() as node:
+        run = node.put(bundle(body=dies))
+        assert not node.reply(run).has_error()
+        worker.said("ended after an answer, killed by signal 9")
+        while node.state.get_tasks(run_ids=[run])[0].status.status != "finished":
+            time.sleep(0.05)
+        node.numbers(node.reply(node.put(bundle())))
+        assert not node.state.get_messages_legacy(run_ids=[run], is_reply=True)
 
 
 def test_sigterm_ends_the_task_and_tells_the_supernode(worker: Running, tmp_path: Path) -> None:

@@ -118,13 +118,16 @@ def _connect(runtime: Runtime, token: str, retry: RetryInvoker | None) -> Runtim
     return _client(runtime, "flwr-clientapp", [RuntimeTokenHttpInterceptor(token)], retry)
 
 
-def carry_out(runtime: Runtime, task: Task, on_message: Callable[[bytes], None]) -> Done:
+def carry_out(
+    runtime: Runtime, task: Task, on_message: Callable[[bytes], None], on_answered: Callable[[], None]
+) -> Done:
     """Fetch the message, run the bundle's ClientApp on it, answer.
 
     An exception's text stays in this device's log: what is sent is Flower's code for it.
 
     Args:
         on_message: Called with the message's header, from which ``answer_for`` can answer in our place.
+        on_answered: Called once the SuperNode has the whole answer.
 
     Raises:
         httpx.HTTPError: the SuperNode is gone.
@@ -143,6 +146,7 @@ def carry_out(runtime: Runtime, task: Task, on_message: Callable[[bytes], None])
     message = _inflated(client, header, context)
     reply = _reply(message, context, run, fab)
     push_message(client, reply, context)
+    on_answered()
     failed = reply.has_error()
     push_task_output(client, context, SubStatus.FAILED if failed else SubStatus.COMPLETED, "")
     beats.stop()
@@ -233,13 +237,29 @@ def answer_for(runtime: Runtime, task: Task, header: bytes | None) -> bool:
 
     Else it would wait for a minute and, where the task had not even been fetched, for ever.
     """
+
+    def tell(client: RuntimeHttpClient) -> None:
+        message = _header(PullAppMessagesResponse.FromString(header) if header else _pull_unfetched(client))
+        context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {})
+        TaskIdentity.task_id, TaskIdentity.run_id = task.number, context.run_id
+        TaskIdentity.node_id = context.node_id
+        push_message(client, Message(Error(ErrorCode.CLIENT_APP_CRASHED), reply_to=message), context)
+
+    return _end(runtime, task, tell)
+
+
+def finish(runtime: Runtime, task: Task) -> bool:
+    """End a task that was answered by a process which died just then; whether the SuperNode took that.
+
+    Else it would miss the heartbeat of that process a minute later, and answer whatever is under way by then.
+    """
+    return _end(runtime, task, lambda client: None)
+
+
+def _end(runtime: Runtime, task: Task, tell: Callable[[RuntimeHttpClient], None]) -> bool:
     try:
         with contextlib.closing(_connect(runtime, task.token, None)) as client:
-            message = _header(PullAppMessagesResponse.FromString(header) if header else _pull_unfetched(client))
-            context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {})
-            TaskIdentity.task_id, TaskIdentity.run_id = task.number, context.run_id
-            TaskIdentity.node_id = context.node_id
-            push_message(client, Message(Error(ErrorCode.CLIENT_APP_CRASHED), reply_to=message), context)
+            tell(client)
             push_task_output(client, None, SubStatus.FAILED, "")
     except (httpx.HTTPError, OSError, ValueError) as error:
         log.warning("the SuperNode was not told of the failed task %d: %s", task.number, type(error).__name__)

@@ -61,6 +61,8 @@ class Progress:
 
     Attributes:
         until: When its message is too old to be answered, in seconds since 1970.
+        answered: The SuperNode has the whole answer.
+        gone: There is no SuperNode any more that could want one.
     """
 
     header: bytes | None = None
@@ -68,6 +70,7 @@ class Progress:
     folder: str = ""
     facts: dict[str, Any] | None = None
     answered: bool = False
+    gone: bool = False
 
 
 @dataclass
@@ -157,14 +160,17 @@ class Worker:
 
         began, progress = time.monotonic(), Progress()
         status = self._attempt(task, progress)
-        if status is None and progress.header is None and not (progress.answered or self.stopping):
+        if status is None and progress.header is None and not (progress.gone or self.stopping):
             status = self._attempt(task, progress)  # the warm process had died before: the task is still whole
         if status == GIVEN_UP:
             log.warning("task %d is ended: the SuperNode has given it up", task.number)
-        elif not progress.answered:
+        elif not progress.gone and (status != 0 or not progress.answered):
             told = "given up" if status is None else ended_with(status)
-            log.error("task %d ended without an answer, %s", task.number, told)
-            flower.answer_for(self.runtime, task, progress.header)
+            log.error("task %d ended %s an answer, %s", task.number, "after" if progress.answered else "without", told)
+            if progress.answered:
+                flower.finish(self.runtime, task)
+            else:
+                flower.answer_for(self.runtime, task, progress.header)
         log.info("task %d: %.1f s", task.number, time.monotonic() - began)
         if progress.facts and time.monotonic() >= self.cold.get(task.bundle, 0.0) and not self.stopping:
             self._prepare(task.bundle, progress.folder, progress.facts)
@@ -208,7 +214,7 @@ class Worker:
                 unseen = 0.0 if _listens(self.runtime.address) else unseen + LOOK
                 if unseen > 30.0:
                     log.warning("the SuperNode is gone: task %d is given up", task.number)
-                    progress.answered = True  # there is nobody to answer
+                    progress.gone = True
                     return None
                 continue
             told = receive(warm.channel)

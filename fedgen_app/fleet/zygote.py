@@ -124,8 +124,8 @@ def _child(channel: socket.socket, runtime: Runtime, task: flower_task.Task, thr
             runtime,
             task,
             on_message=lambda header: send(channel, "message", header=header.hex()),
+            on_answered=lambda: send(channel, "answered"),
         )
-        send(channel, "answered")
         status = 0
         if (facts := _facts(done)) is not None:
             send(channel, "facts", folder=done.folder, facts=facts)
