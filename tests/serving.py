@@ -110,7 +110,7 @@ class Listening:
 @contextlib.contextmanager
 def listening(folder: Path, **limits: Any) -> Iterator[Listening]:
     """The service of a run, in threads of this process."""
-    bounds = Limits(**{"per_minute": 100_000, "burst": 100_000, "alike": 1000, **limits})
+    bounds = Limits(**{"per_minute": 100_000, "burst": 100_000, **limits})
     engine = engine_of(folder, bounds)
     with running(build(engine, (TOKEN, OTHER_TOKEN), bounds)) as server:
         yield Listening(server, engine)

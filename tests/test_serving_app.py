@@ -87,6 +87,19 @@ def test_who_hangs_up_while_it_waits_costs_no_work() -> None:
         assert told("batches_total 1") and told('requests_total{path="images",status="499"} 1')
 
 
+def test_what_is_not_begun_in_time_may_come_again_and_what_takes_too_long_may_not() -> None:
+    with (
+        answering(b"drawn", work=3.0, batch=1, patience=2.0) as (host, port),
+        httpx.Client(base_url=f"http://{host}:{port}", headers=AUTHORISED) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        answers = [pool.submit(client.post, "/v1/images", content=image_body()) for _ in range(2)]
+        by_status = {answer.result().status_code: answer.result() for answer in answers}
+        assert set(by_status) == {429, 504}
+        assert "not begun in 1 seconds" in by_status[429].text and by_status[429].headers["retry-after"]
+        assert "not done in 2 seconds: ask for less" in by_status[504].text
+
+
 def test_bodies_in_memory_are_bounded_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asks.Frame, "most_bytes", len(image_body()))
     with (

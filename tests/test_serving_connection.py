@@ -122,7 +122,7 @@ def test_what_is_left_of_an_answer_is_given_up_too() -> None:
 
 
 def test_one_address_does_not_get_all_connections(address: Address) -> None:
-    with answering(alike=2, head=20, address=address) as place, connect(place) as one, connect(place) as two:
+    with answering(alike=1, head=20, address=address) as place, connect(place) as one, connect(place) as two:
         with connect(place) as three:  # though none of them has begun with TLS
             assert rest(three) == b""
         for kept in (one, two):
@@ -136,6 +136,20 @@ def test_one_address_does_not_get_all_connections(address: Address) -> None:
                 return rest(later).startswith(b"HTTP/1.1 200")
 
         until(lambda: address is not LOCAL or answered())  # what has ended is not counted
+
+
+def test_who_has_more_connections_than_are_served_is_told_so(address: Address) -> None:
+    closing = REQUEST.replace(b"Host: x", b"Host: x\r\nConnection: close")
+    with (
+        answering(b"drawn", alike=1, head=20, address=address) as place,
+        wrapped(connect(place), address) as one,
+        wrapped(connect(place), address) as two,
+    ):
+        two.sendall(REQUEST)
+        told = rest(two)
+        assert told.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in told and b"connection: close" in told.lower()
+        one.sendall(closing)
+        assert rest(one).endswith(b"drawn")
 
 
 def test_an_address_is_that_of_its_network() -> None:

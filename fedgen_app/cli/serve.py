@@ -38,7 +38,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, max=100_000, help="Requests that may wait.")] = USUAL.waiting,
     rate: Annotated[int, typer.Option(min=1, help="Requests of one client per minute.")] = USUAL.per_minute,
     burst: Annotated[int, typer.Option(min=1, help="Requests of one client at once.")] = USUAL.burst,
-    most_alike: Annotated[int, typer.Option(min=1, max=2048, help="Connections of one address.")] = USUAL.alike,
+    most_alike: Annotated[
+        int, typer.Option(min=1, max=2048, help="Connections of one address that are served.")
+    ] = USUAL.alike,
 ) -> None:
     """Serve images, half-finished images or mixed adapters for encoded prompts."""
     folder = run_dir.resolve()

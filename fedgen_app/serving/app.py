@@ -22,6 +22,7 @@ from fedgen_app.errors import ServiceError
 from fedgen_app.fleet.spec import is_loopback
 from fedgen_app.serving import asks, body, metrics
 from fedgen_app.serving.asks import Frame, Kind
+from fedgen_app.serving.connection import CROWDED
 from fedgen_app.serving.guard import Buckets, LaterError, Limits, holder
 from fedgen_app.serving.metrics import Metrics
 from fedgen_app.serving.worker import Worker
@@ -73,6 +74,8 @@ class Service:
         client = self.known(request)
         if wait := self.buckets.take(client):
             raise LaterError("too many requests of this client", wait)
+        if CROWDED in request.scope:
+            raise LaterError("too many connections of this address, or of all", self.worker.wait)
         if self.arriving >= self.limits.arriving:
             raise LaterError("too many requests at once", self.worker.wait)
         self.arriving += 1
@@ -95,12 +98,15 @@ class Service:
         result, leaving = asyncio.wrap_future(job), asyncio.ensure_future(_gone(request))
         either: set[asyncio.Future[Any]] = {result, leaving}
         try:
-            await asyncio.wait(either, timeout=self.limits.patience, return_when=asyncio.FIRST_COMPLETED)
-            if result.done():
-                return result.result()
-            if leaving.done():
-                raise ServiceError(499, "nobody waits for the answer any more")
-            raise ServiceError(503, f"not done in {self.limits.patience:g} seconds")
+            for _ in range(2):
+                await asyncio.wait(either, timeout=self.limits.patience / 2, return_when=asyncio.FIRST_COMPLETED)
+                if result.done():
+                    return result.result()
+                if leaving.done():
+                    raise ServiceError(499, "nobody waits for the answer any more")
+                if not job.running():
+                    raise LaterError(f"not begun in {self.limits.patience / 2:g} seconds", self.worker.wait)
+            raise ServiceError(504, f"not done in {self.limits.patience:g} seconds: ask for less at once")
         finally:
             leaving.cancel()
             result.cancel()
@@ -211,6 +217,7 @@ def make_app(service: Service) -> FastAPI:
             {"Retry-After": str(error.wait if isinstance(error, LaterError) else 1)} if error.status == 429 else {}
         )
         headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+        headers |= {"Connection": "close"} if CROWDED in request.scope else {}
         return JSONResponse({"error": str(error)}, error.status, headers)
 
     @app.exception_handler(HTTPException)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,10 @@ from fedgen_app.settings import Settings
 MOST_ADAPTER_HEADER = 8 * 1024**2  # bytes: two keys for each layer of a large model
 MOST_ERROR = 4096  # bytes of an answer that refuses
 MOST_CLUSTERS = 256  # of which one adapter is mixed, where the settings do not say how many there are
-TRIES = 5  # times that a busy service is asked
+TRIES = 5  # times that a service is asked that is busy, or ends a connection without an answer
+BUSY = (429, 503)
 LONGEST_WAIT = 60.0  # seconds between them
+ENDED_WAIT = 2.0  # the same, where it did not say how many
 TIMEOUTS = httpx.Timeout(330.0, connect=10.0)  # a little more than a service's own patience
 
 
@@ -72,10 +75,13 @@ class Remote:
             try:
                 status, found, later = self._once(method, path, content, headers, most)
             except httpx.TransportError as error:
-                raise ServiceError(0, f"{self.url}: {error or type(error).__name__}") from None
+                if last or not _ended(error):
+                    raise ServiceError(0, f"{self.url}: {str(error) or type(error).__name__}") from None
+                time.sleep(ENDED_WAIT)
+                continue
             if status == 200:
                 return found
-            if status != 429 or last:
+            if status not in BUSY or last:
                 said = found[:500].decode("utf-8", "replace")
                 raise ServiceError(status, f"{self.url}: HTTP {status}: {said}")
             time.sleep(later)
@@ -96,6 +102,16 @@ class Remote:
         self.received += len(found)
         wait = answer.headers.get("Retry-After", "1")
         return answer.status_code, bytes(found), min(float(wait) if wait.isdecimal() else 1.0, LONGEST_WAIT)
+
+
+def _ended(error: httpx.TransportError) -> bool:
+    """Whether the connection was there and was ended from the other side."""
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, (httpx.RemoteProtocolError, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
-"""A connection of uvicorn's that a peer cannot keep by saying nothing, or by reading nothing."""
+"""A connection of uvicorn's that a peer cannot keep by saying nothing, or by reading nothing, nor have too many of."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import ClassVar
 
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedgen_app.serving.guard import Limits
+from fedgen_app.serving.listener import MOST_CONNECTIONS, network
+
+CROWDED = "fedgen.crowded"  # of a request's scope: it came over a connection too many
 
 
 class Connection(H11Protocol):
@@ -24,6 +28,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a request."""
         super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS or self._alike() > self.limits.alike:
+            self.app = self._crowded
         self._speaking = self.loop.call_later(self.limits.head, transport.abort)
 
     def data_received(self, data: bytes) -> None:
@@ -55,6 +61,17 @@ class Connection(H11Protocol):
         self._spoke()
         self._read()
         super().connection_lost(exc)
+
+    def _alike(self) -> int:
+        """Connections of this one's network, itself included."""
+        addresses = [other.client[0] for other in self.connections if isinstance(other, Connection) and other.client]
+        here = network(self.client[0]) if self.client else ""
+        return sum(network(address) == here for address in addresses)
+
+    async def _crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the app refuse it, as it does all else."""
+        scope[CROWDED] = True
+        await self.config.loaded_app(scope, receive, send)
 
     @property
     def _busy(self) -> bool:

@@ -29,12 +29,12 @@ class Limits:
         waiting: Requests that wait for the worker.
         arriving: Requests in work, from the first byte of their bodies to when their answers are read.
         held: Bytes of bodies of requests in work, or those of the largest one.
-        alike: Connections of one address.
+        alike: Connections of one address that are served.
         per_minute: Requests of one client that come back to its bucket.
         burst: Requests that a full bucket holds.
         head: Seconds that a connection may take to say what it wants.
         seconds: That a body may take to arrive.
-        patience: Seconds that a request may take until it is answered.
+        patience: Seconds that a request may take until it is answered, half of them until it is begun.
         reading: Seconds that a device may take to read the answer.
     """
 
@@ -44,7 +44,7 @@ class Limits:
     waiting: int = 64
     arriving: int = 256
     held: int = 512 * 1024**2
-    alike: int = 64
+    alike: int = 256
     per_minute: int = 60
     burst: int = 20
     head: float = 10.0

@@ -15,8 +15,11 @@ from typing import Any
 
 from fedgen_app.serving.guard import Limits
 
-MOST_CONNECTIONS = 2048  # that are answered; beyond, uvicorn says 503
-MOST_ACCEPTED = 2 * MOST_CONNECTIONS  # those whose TLS has not begun included; beyond, they are closed
+MOST_CONNECTIONS = 2048  # that are served
+# So many times those that are served are accepted, of one network and in all: some to be told so, and of some TLS has
+# not begun. Beyond, they are closed.
+TOLD = 2
+MOST_ACCEPTED = TOLD * MOST_CONNECTIONS
 OTHER_FILES = 256  # that the process has open besides: what belongs to the model, the log, the libraries
 
 
@@ -24,7 +27,7 @@ class Listener(socket.socket):
     """A listening socket; connections are closed at once where their network, or all of them together, have too many.
 
     Attributes:
-        alike: Connections of one network.
+        alike: Connections of one network that are served.
         accepted: Network and connection, as long as that is open; one list for all listeners of a service.
     """
 
@@ -40,7 +43,7 @@ class Listener(socket.socket):
         found, address = super().accept()
         self.accepted[:] = [(there, other) for there, other in self.accepted if other.fileno() >= 0]
         here = network(address[0])
-        if len(self.accepted) >= MOST_ACCEPTED or sum(there == here for there, _ in self.accepted) >= self.alike:
+        if len(self.accepted) >= MOST_ACCEPTED or sum(there == here for there, _ in self.accepted) >= TOLD * self.alike:
             found.close()
             raise ConnectionAbortedError
         self.accepted.append((here, found))

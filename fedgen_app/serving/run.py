@@ -82,7 +82,6 @@ def make_server(service: Service, address: Address) -> Server:
         log_level=logging.WARNING,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MOST_CONNECTIONS,
         backlog=MOST_CONNECTIONS,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=SETTLE,
