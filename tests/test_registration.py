@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from fleets import beside_a_folder_of_the_connection_s_name, fedgen, fleet_file, install, listening, service, until
+from fleets import beside_a_folder_of_the_connection_s_name, environment, fedgen, fleet_file, install, service
 from helpers import command
 
 from fedgen_app.engines.keeper import end_processes, free_port
+from fedgen_app.errors import RunError
+from fedgen_app.fleet import registration
 
 
 @pytest.mark.slow
@@ -30,7 +32,7 @@ def test_where_record_and_superlink_differ_the_superlink_is_right(
 
     try:
         with service(tmp_path, "server/superlink.sh"):
-            until(lambda: listening(ports[1]), 120, tmp_path)
+            # At once: it waits for a SuperLink that starts.
             assert register() == ["registered ward-7", "registered ward-8"]
             kept = json.loads(record.read_text())
             found = ["already registered ward-7", "already registered ward-8"]
@@ -49,5 +51,9 @@ def test_where_record_and_superlink_differ_the_superlink_is_right(
             assert register() == ["unregistered ward-8"]
             (tmp_path / "ward-8.pub").rename(server / "devices" / "ward-8.pub")
             assert "--new-key ward-8" in register()[0]
+        monkeypatch.setattr(registration, "STARTING", 1.0)
+        monkeypatch.setenv("FLWR_HOME", environment(tmp_path)["FLWR_HOME"])
+        with pytest.raises(RunError, match="SuperLink is unavailable"):
+            list(registration.register(server, "clinic"))
     finally:
         end_processes(tmp_path)

@@ -1,24 +1,20 @@
-"""The units and installers under a real systemd, as docs/deploy.md says: a server and three devices on one machine.
-
-A container of this machine's own file system, over which lies a layer of memory: whatever is installed there is gone
-afterwards. It has a network of its own with nothing but loopback. Needs root, systemd-nspawn and nginx.
-"""
+"""The commands of docs/deploy.md under a real systemd: a server and three devices on one machine (``machines``)."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 from helpers import FEDGEN, ROOT, tiny_data, tiny_model, tiny_overrides, write_records
+from machines import DATA, HERE, MODEL, Machine, booted
 
 pytestmark = [
     pytest.mark.deployment,
@@ -31,81 +27,9 @@ pytestmark = [
 ]
 # Warm with a limit of its memory, warm without one, cold: each has other units.
 DEVICES = {"ant": "memory = '4GB'\n", "bee": "", "cat": "warm = false\n"}
-# Where things lie inside: services have a /tmp of their own.
-HERE, MODEL, DATA = "/srv/operator", "/srv/model", "/srv/data"
-NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup")
+SERVICES = ("fedgen-superlink", "fedgen-superexec")
+NEWER = "0.2.0"  # than what is installed
 RUN = ("runuser", "-u", "fedgen", "--", "env", "FLWR_HOME=/var/lib/fedgen/server/flower", "PYTHONDONTWRITEBYTECODE=1")
-
-
-class Machine:
-    """A booted container."""
-
-    def __init__(self, folder: Path, leader: psutil.Process) -> None:
-        self.folder = folder
-        self.leader = leader
-
-    def run(self, *command: str | Path, seconds: float = 900, fails: bool = False) -> str:
-        """What a command prints that runs inside, both streams, from the folder."""
-        inside = ["nsenter", f"--target={self.leader.pid}", *NAMESPACES]
-        clean = ["env", "-i", f"--chdir={HERE}", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"]
-        ended = subprocess.run(
-            [*inside, *clean, *map(str, command)], capture_output=True, text=True, timeout=seconds, errors="replace"
-        )
-        said = ended.stdout + ended.stderr
-        assert bool(ended.returncode) == fails, (command, said, self.logs())
-        return said
-
-    def logs(self) -> str:
-        """The last of what the services said."""
-        inside = ["nsenter", f"--target={self.leader.pid}", "--mount", "--pid", "journalctl", "--no-pager", "-n", "60"]
-        return subprocess.run(inside, capture_output=True, text=True, errors="replace").stdout
-
-    def main_process(self, service: str) -> int:
-        """The number of a service's main process inside."""
-        number = int(self.run("systemctl", "show", "--property=MainPID", "--value", f"{service}.service"))
-        assert number, f"{service} does not run\n{self.logs()}"
-        return number
-
-    def seen_by(self, service: str, *command: str | Path) -> str:
-        """What a command says that sees the files that a service sees."""
-        return self.run("nsenter", f"--target={self.main_process(service)}", "--mount", *command)
-
-
-@contextlib.contextmanager
-def booted(layer: Path, folder: Path) -> Iterator[Machine]:
-    """This machine's file system under a layer in memory, with systemd as its first process."""
-    layer.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "fedgen-test", layer], check=True)
-    process = None
-    try:
-        for part in ("upper", "work", "root"):
-            (layer / part).mkdir()
-        options = f"lowerdir=/,upperdir={layer}/upper,workdir={layer}/work"
-        subprocess.run(["mount", "-t", "overlay", "fedgen-test", "-o", options, layer / "root"], check=True)
-        nspawn = ["systemd-nspawn", "--quiet", f"--directory={layer}/root", "--private-network", "--register=no"]
-        nspawn += ["--keep-unit", "--link-journal=no", "--console=pipe", f"--bind={folder}:{HERE}"]
-        nspawn += [f"--bind-ro={tiny_model()}:{MODEL}", f"--bind-ro={tiny_data()}:{DATA}"]
-        nspawn += ["--boot", "systemd.unit=basic.target"]
-        with (folder / "console.log").open("wb") as log:
-            process = subprocess.Popen(nspawn, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        machine, end = None, time.monotonic() + 60
-        while machine is None:
-            assert process.poll() is None and time.monotonic() < end, (folder / "console.log").read_text()
-            time.sleep(0.2)
-            for child in psutil.Process(process.pid).children():
-                machine = Machine(folder, child)
-        while machine.run("sh", "-c", "systemctl is-system-running || true").strip() not in ("running", "degraded"):
-            assert time.monotonic() < end, machine.logs()
-            time.sleep(0.2)
-        yield machine
-    finally:
-        try:
-            if process is not None and process.poll() is None:
-                for child in psutil.Process(process.pid).children():
-                    child.kill()  # the first process of the container, and with it all others
-                process.wait(60)
-        finally:
-            subprocess.run(["umount", "--recursive", "--lazy", layer], check=True)
 
 
 @pytest.fixture
@@ -123,7 +47,8 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 
 def fleet_of(folder: Path) -> Path:
     """A fleet file for one machine, with the standard folders."""
-    text = f"name = 'clinic'\n[server]\nhosts = ['127.0.0.1']\n[paths]\nenvironment = '{FEDGEN.parents[1]}'\n"
+    text = "name = 'clinic'\ncluster-key = true\n[server]\nhosts = ['127.0.0.1']\noperators = ['127.0.0.1']\n"
+    text += f"[paths]\nenvironment = '{FEDGEN.parents[1]}'\n"
     for number, (device, more) in enumerate(DEVICES.items()):
         data = folder / "data" / device
         data.mkdir(parents=True)
@@ -137,49 +62,206 @@ def fleet_of(folder: Path) -> Path:
 def test_a_fleet_is_installed_and_works_under_systemd(machine: Machine) -> None:
     machine.run(FEDGEN, "provision", fleet_of(machine.folder), "--output", "clinic")
     machine.run("chmod", "-R", "a+rX", "data")
-    machine.run("tar", "-xf", "clinic/server.tar")
-    said = machine.run("./fedgen-server/install.sh")
+    said = install(machine, "server")
     assert "ok: nginx passes the fleet API on port 8443" in said and "ok: service fedgen-superexec runs" in said
 
     machine.run("tar", "-xf", "clinic/devices/ant.tar")
     early = machine.run("sh", "-c", "./fedgen-ant/install.sh || true")  # a busy machine may not even have begun
     told = ("ended (if the SuperLink does not know this device yet: fedgen register", "has not reached the server")
     assert any(text in early for text in told) and "and has reached" not in early, early
-    register = (*RUN, str(FEDGEN), "register", "/etc/fedgen/server", "--superlink", "clinic")
-    assert machine.run(*register).splitlines() == [f"registered {device}" for device in DEVICES]
+    assert register(machine) == [f"registered {device}" for device in DEVICES]
     for device in list(DEVICES)[1:]:
-        machine.run("tar", "-xf", f"clinic/devices/{device}.tar")
-        said = machine.run(f"./fedgen-{device}/install.sh")
-        assert f"ok: service fedgen-supernode-{device} runs, and has reached the server" in said
+        assert f"ok: service fedgen-supernode-{device} runs, and has reached the server" in install(machine, device)
 
     until_reached(machine, "ant", 0)  # by itself, now that it is registered; its worker has been there all the time
     assert machine.run("systemctl", "is-active", "fedgen-worker-ant") == "active\n"
 
-    run(machine, "first", rounds=1)
-    before = [machine.main_process(f"fedgen-{service}") for service in ("superlink", "superexec")]
+    run(machine, "first")
     check_isolation(machine)
-
-    # Another device comes: what runs goes on, and nobody else is installed anew.
-    with (machine.folder / "fleet.toml").open("a") as file:
-        file.write(f"[[device]]\nid = 'dog'\ndata = '{HERE}/data/ant'\nport = 9099\nwarm = false\n")
-    assert machine.run(FEDGEN, "provision", "fleet.toml", "--output", "clinic").count("install again") == 2
-    machine.run("tar", "-xf", "clinic/server.tar")
-    said = machine.run("./fedgen-server/install.sh")
-    assert "ok: service fedgen-superexec runs as before" in said
-    assert [machine.main_process(f"fedgen-{service}") for service in ("superlink", "superexec")] == before
-    assert machine.run(*register) == "registered dog\n"
+    check_doctor(machine)
+    check_another_device(machine)
 
     # A SuperNode that dies comes back by itself once the SuperLink takes it again, and its work goes on.
     reached = times_reached(machine, "cat")
     machine.run("systemctl", "kill", "--signal=KILL", "fedgen-supernode-cat.service")
     until_reached(machine, "cat", reached)
-    run(machine, "second", rounds=1)
+    run(machine, "second")
 
     # What nginx refuses takes the place of nothing that it serves.
     machine.run("sh", "-c", "echo nonsense > fedgen-server/nginx.conf")
     assert "nginx refuses" in machine.run("sh", "-c", "./fedgen-server/install.sh 2>&1 || true")
     machine.run("nginx", "-t")
     assert "nonsense" not in machine.run("cat", "/etc/nginx/conf.d/fedgen-clinic.conf")
+
+    check_operator(machine)
+    check_renewal(machine)
+    check_new_keys(machine)
+    check_lost_state(machine)
+    check_upgrade(machine)
+    check_leaving(machine)
+
+
+def install(machine: Machine, name: str) -> str:
+    """What an installer says that was copied to its machine."""
+    machine.run("tar", "-xf", f"clinic/{'server' if name == 'server' else f'devices/{name}'}.tar")
+    return machine.run(f"./fedgen-{name}/install.sh")
+
+
+def register(machine: Machine, *options: str) -> list[str]:
+    """What it says that it did."""
+    command = (*RUN, FEDGEN, "register", "/etc/fedgen/server", "--superlink", "clinic", *options)
+    return machine.run(*command).splitlines()
+
+
+def provision(machine: Machine, *options: str) -> str:
+    """What it says, of what has to be installed again too."""
+    return machine.run(FEDGEN, "provision", "fleet.toml", "--output", "clinic", *options)
+
+
+def processes(machine: Machine, *services: str) -> list[int]:
+    """Their main processes."""
+    return [machine.main_process(service) for service in services]
+
+
+def check_doctor(machine: Machine) -> None:
+    """Nothing is wrong with a device and the server, for the user of the services."""
+
+    def doctor(part: str, home: str, *options: str) -> str:
+        return machine.run(*RUN, f"HOME=/var/lib/fedgen/{home}", FEDGEN, "doctor", part, *options)
+
+    where = ("--node", "/etc/fedgen/ant/node.toml", "--server", "127.0.0.1:8443", "--ca", "/etc/fedgen/ant/ca.crt")
+    assert "396 days left" in doctor("device", "ant", *where)
+    said = doctor("server", "server", "--state", "/var/lib/fedgen/server/runs", "--set", f"backbone={MODEL}")
+    assert "at /var/lib/fedgen/server/runs" in said
+
+
+def check_another_device(machine: Machine) -> None:
+    """One that comes: what runs goes on, and nobody else is installed anew."""
+    before = processes(machine, *SERVICES)
+    with (machine.folder / "fleet.toml").open("a") as file:
+        file.write(f"[[device]]\nid = 'dog'\ndata = '{HERE}/data/ant'\nport = 9099\nwarm = false\n")
+    assert provision(machine).count("install again") == 2
+    assert "ok: service fedgen-superexec runs as before" in install(machine, "server")
+    assert processes(machine, *SERVICES) == before
+    assert register(machine) == ["registered dog"]
+
+
+def check_operator(machine: Machine) -> None:
+    """Flower's own commands, from a machine whose address nginx lets to the control API."""
+
+    def flwr(*arguments: str | Path, fails: bool = False) -> str:
+        return machine.run("env", "FLWR_HOME=clinic/operator", FEDGEN.parent / "flwr", *arguments, fails=fails)
+
+    def runs() -> list[dict[str, str]]:
+        found: list[dict[str, str]] = json.loads(flwr("list", "clinic", "--format", "json"))["runs"]
+        return found
+
+    def config(name: str, rounds: int) -> str:
+        values = overrides(name, DEVICES) | {"num-server-rounds": rounds}
+        return " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+
+    flwr("run", ROOT, "clinic", "--stream", "--run-config", config("operators", 1))
+    assert results(machine, "operators")["status"] == "completed"
+    known = {entry["run-id"] for entry in runs()}
+    flwr("run", ROOT, "clinic", "--run-config", config("stopped", 500))
+    (number,) = {entry["run-id"] for entry in runs()} - known
+    end = time.monotonic() + 120
+    while '"event": "round"' not in machine.run(
+        "sh", "-c", "cat /var/lib/fedgen/server/runs/stopped/events.jsonl || true"
+    ):
+        assert time.monotonic() < end, machine.logs()
+        time.sleep(1)
+    flwr("stop", number, "clinic")
+    assert next(entry["status"] for entry in runs() if entry["run-id"] == number) == "finished:stopped"
+    assert "round" in flwr("log", number, "clinic", "--show")
+
+
+def check_renewal(machine: Machine) -> None:
+    """Another certificate and secret on the server; devices need nothing."""
+    devices = [f"fedgen-supernode-{device}" for device in DEVICES]
+    before, served = processes(machine, *devices), certificate(machine)
+    said = provision(machine, "--renew")
+    assert said.count("install again") == 1, said
+    install(machine, "server")
+    assert certificate(machine) != served
+    run(machine, "renewed")
+    assert processes(machine, *devices) == before
+
+
+def certificate(machine: Machine) -> str:
+    """What nginx shows."""
+    return machine.run("python3", "-c", "import ssl; print(ssl.get_server_certificate(('127.0.0.1', 8443)))")
+
+
+def check_new_keys(machine: Machine) -> None:
+    """A device's own, and the one that all devices share."""
+    keys = machine.run("sh", "-c", "cat /etc/fedgen/*/cluster.key | od -An -tx1")
+    own = machine.run("cat", "/etc/fedgen/ant/device.key")
+    provision(machine, "--new-key", "ant", "--new-cluster-key")
+    install(machine, "server")
+    assert register(machine) == ["unregistered ant", "registered ant"]
+    for device in DEVICES:
+        assert "and has reached the server" in install(machine, device)
+    assert machine.run("cat", "/etc/fedgen/ant/device.key") != own
+    changed = machine.run("sh", "-c", "cat /etc/fedgen/*/cluster.key | od -An -tx1")
+    assert changed != keys and len(changed) == len(keys)
+    run(machine, "keys")
+
+
+def check_lost_state(machine: Machine) -> None:
+    """Without its database the SuperLink knows nobody until they are registered again; they come back by themselves."""
+    reached = {device: times_reached(machine, device) for device in DEVICES}
+    machine.run("systemctl", "stop", *reversed(SERVICES))
+    machine.run("rm", "/var/lib/fedgen/server/state.db")
+    machine.run("systemctl", "start", *SERVICES)
+    assert register(machine, "--again") == [f"registered {device}" for device in (*DEVICES, "dog")]
+    for device, times in reached.items():
+        until_reached(machine, device, times)
+    run(machine, "again")
+
+
+def check_upgrade(machine: Machine) -> None:
+    """To a newer version, of the same code: every service starts anew with it."""
+    checkout = machine.folder / "checkout"
+    checkout.mkdir()
+    kept = ("README.md", "LICENSE", "pyproject.toml", "client_app.py", "server_app.py", "fedgen_app", "fedgen_assets")
+    for name in kept:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, checkout / name)
+    project = checkout / "pyproject.toml"
+    project.write_text(project.read_text().replace('version = "0.1.0"', f'version = "{NEWER}"'))
+    wheel = [FEDGEN.parent / "pip", "wheel", "--no-deps", "--wheel-dir", checkout / "dist", checkout]
+    subprocess.run(wheel, check=True, capture_output=True)
+    before = processes(machine, *SERVICES, "fedgen-worker-ant", "fedgen-supernode-ant")
+    machine.run(FEDGEN.parent / "pip", "install", f"checkout/dist/fedgen_edge-{NEWER}-py3-none-any.whl")
+    provision(machine)
+    for name in ("server", *DEVICES):
+        said = install(machine, name)
+        assert f"ok: fedgen-edge {NEWER}" in said and "as before" not in said
+    after = processes(machine, *SERVICES, "fedgen-worker-ant", "fedgen-supernode-ant")
+    assert not set(before) & set(after)
+    assert "ok: service fedgen-superexec runs as before" in install(machine, "server")
+    run(machine, "upgraded", checkout=Path(HERE, "checkout"))
+
+
+def check_leaving(machine: Machine) -> None:
+    """A device that leaves, and what is deleted of one that stays."""
+    text = (machine.folder / "fleet.toml").read_text()
+    first, second = text.index("[[device]]\nid = 'cat'"), text.index("[[device]]\nid = 'dog'")
+    (machine.folder / "fleet.toml").write_text(text[:first])
+    assert second > first
+    provision(machine)
+    install(machine, "server")
+    assert sorted(register(machine)) == ["unregistered cat", "unregistered dog"]
+    machine.run("systemctl", "disable", "--now", "fedgen-supernode-cat")
+    machine.run(
+        "rm", "-r", "/etc/systemd/system/fedgen-supernode-cat.service", "/etc/fedgen/cat", "/var/lib/fedgen/cat"
+    )
+    assert "cat" not in machine.run("systemctl", "list-units", "--all", "fedgen-*")
+    number = results(machine, "first")["run"]
+    assert number in machine.run("ls", "/var/lib/fedgen/ant/adapters")
+    machine.run("rm", "-r", f"/var/lib/fedgen/ant/adapters/{number}")
+    run(machine, "left", devices=("ant", "bee"), checkout=Path(HERE, "checkout"))
 
 
 def until_reached(machine: Machine, device: str, times: int) -> None:
@@ -195,19 +277,30 @@ def times_reached(machine: Machine, device: str) -> int:
     return machine.run("journalctl", "--output=cat", f"--unit=fedgen-supernode-{device}.service").count("SuperNode ID:")
 
 
-def run(machine: Machine, name: str, rounds: int) -> None:
-    """A run over all devices, typed on the server as its guide says."""
-    overrides = tiny_overrides(Path(f"/var/lib/fedgen/server/runs/{name}")) | {"num-server-rounds": rounds}
-    overrides |= {"backbone": MODEL, "dataset": DATA, "partition.by": "auto", "label-column": "", "samples.count": 0}
-    overrides |= {"expected-clients": len(DEVICES), "personal.max-steps": 2, "round.roll-call": 200}
-    output = overrides.pop("output-dir")
-    sets = [f"--set={key}={value}" for key, value in overrides.items()]
+def overrides(name: str, devices: Sequence[str]) -> dict[str, object]:
+    """Settings of a run over devices, with its folder on the server."""
+    found = tiny_overrides(Path(f"/var/lib/fedgen/server/runs/{name}")) | {"num-server-rounds": 1}
+    found |= {"backbone": MODEL, "dataset": DATA, "partition.by": "auto", "label-column": "", "samples.count": 0}
+    return found | {"expected-clients": len(devices), "personal.max-steps": 2, "round.roll-call": 200}
+
+
+def run(machine: Machine, name: str, devices: Sequence[str] = tuple(DEVICES), checkout: Path = ROOT) -> None:
+    """A run over devices, typed on the server as its guide says."""
+    values = overrides(name, devices)
+    output = values.pop("output-dir")
+    sets = [f"--set={key}={value}" for key, value in values.items()]
     machine.run(
-        *RUN, f"PYTHONPATH={ROOT}", FEDGEN, "run", ROOT, "--superlink", "clinic", "--output", str(output), *sets
+        *RUN, f"PYTHONPATH={checkout}", FEDGEN, "run", checkout, "--superlink", "clinic", "--output", str(output), *sets
     )
-    found = json.loads(machine.run("cat", f"{output}/results.json"))
+    found = results(machine, name)
     told = found["rounds"], found["left_out"], machine.logs()
-    assert found["status"] == "completed" and found["rounds"][0]["clients"] == list(DEVICES), told
+    assert found["status"] == "completed" and found["rounds"][0]["clients"] == list(devices), told
+
+
+def results(machine: Machine, name: str) -> dict[str, Any]:
+    """What a run has come to."""
+    found: dict[str, Any] = json.loads(machine.run("cat", f"/var/lib/fedgen/server/runs/{name}/results.json"))
+    return found
 
 
 def check_isolation(machine: Machine) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from fedgen_app.files import to_json, write_atomic
 RECORD, LOCK = "registered.json", ".lock"
 GONE = "unregistered"  # Flower's status of a node whose key it does not take again
 TIMEOUT = 60.0  # seconds for one answer of the SuperLink
+STARTING = 30.0  # seconds in which one that was just started may not listen yet
+UNAVAILABLE = "SuperLink is unavailable"  # what Flower says of it then
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,18 @@ def _pem(file: Path) -> str:
 
 
 def _nodes(superlink: str) -> list[dict[str, str]]:
-    """All that the SuperLink knows, those that it has unregistered too: ``node``, ``name``, ``key`` and ``status``."""
-    return list(_answer([sys.executable, "-P", "-m", "fedgen_app.fleet.nodes", superlink])["nodes"])
+    """All that the SuperLink knows, those that it has unregistered too: ``node``, ``name``, ``key`` and ``status``.
+
+    It is asked first, so this waits for one that starts.
+    """
+    end = time.monotonic() + STARTING
+    while True:
+        try:
+            return list(_answer([sys.executable, "-P", "-m", "fedgen_app.fleet.nodes", superlink])["nodes"])
+        except RunError as error:
+            if UNAVAILABLE not in str(error) or time.monotonic() > end:
+                raise
+        time.sleep(1.0)
 
 
 def _known(folder: Path) -> dict[str, dict[str, str]]:

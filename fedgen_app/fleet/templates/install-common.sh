@@ -49,6 +49,9 @@ for program in @{programs}; do
     [ -x "$environment/bin/$program" ] || die "$environment/bin/$program is missing; install fedgen-edge there again"
 done
 say "ok: fedgen-edge $found in $environment"
+placed=$("$python" -P -c 'from importlib.metadata import distribution as d
+print(int(next(f for f in d("fedgen-edge").files or () if f.name == "RECORD").locate().stat().st_mtime))') ||
+    die "fedgen-edge in $environment is not whole; install it there again"
 
 make_user() {
     if [ "$files_only" = yes ]; then return; fi
@@ -84,8 +87,14 @@ place_unit() {  # place_unit NAME
     systemctl enable "$1.service" || die "the service $1 cannot be enabled"
 }
 
+current() {  # current NAME: runs with what is installed: it was started after that
+    systemctl is-active --quiet "$1.service" || return 1
+    entered=$(systemctl show --property=ActiveEnterTimestampMonotonic --value "$1.service")  # since the machine's start
+    [ $(($(date +%s) - $(cut -d. -f1 /proc/uptime) + entered / 1000000)) -ge "$placed" ]
+}
+
 serve() {  # serve NAME [TEXT]: runs, and where a TEXT is named has said it, which takes up to a minute
-    if [ "$changed" = no ] && systemctl is-active --quiet "$1.service"; then
+    if [ "$changed" = no ] && current "$1"; then
         say "ok: service $1 runs as before"
         return
     fi
