@@ -155,6 +155,20 @@ def test_a_cluster_that_is_away_keeps_state_weight_and_centroid() -> None:
     assert there.placement.before(3, found).where == found.where
 
 
+def test_few_who_come_back_do_not_part_and_newcomers_find_a_place() -> None:
+    ten = [member(client, LEFT if client < 2 else RIGHT) for client in range(10)]
+    groups = Where("prompts", ten).placement.before(1, nobody_yet())
+    away = [member(client) for client in range(4, 10)]  # six of ten are there, and no longer say what they want
+    changed = [member(0, LEFT), member(1, [1.0, 0.2, 0.0, 0.0]), *ten[2:4]]
+    there = Where("prompts", [*changed, *away, member(10, RIGHT)], every=1, choose="threshold", threshold=1e-9)
+    found = there.placement.before(2, resumed(groups))
+    assert found.where == groups.where | {10: groups.where[9]}
+    assert there.told("undivided") == [{"round": 2, "requirements": 4, "needed": 5}]
+    there.here(*changed, *ten[4:6])
+    found = there.placement.before(3, found)
+    assert found.where[0] != found.where[1] and len(there.told("undivided")) == 1
+
+
 def test_replies_that_are_late_drop_no_cluster() -> None:
     there = Where("updates", FOUR)
     groups = there.placement.divide(1, nobody_yet(), seen([0, 1, 2, 3], [LEFT, LEFT, RIGHT, RIGHT]))

@@ -52,3 +52,11 @@ def test_the_basis_of_a_distance_is_told_where_there_is_one() -> None:
     assert report.basis(measured) == " (n 200, small, floor 1.25)"
     means = results(*ENTRIES)["final"]["metrics"]  # of a method without a global model: over the clients
     assert "kid" in means and report.basis(means) == ""
+
+
+def test_what_did_not_divide_the_clients_is_said() -> None:
+    few = {"event": "undivided", "round": 4, "needed": 5}
+    assert "round 4: 2 replies, 5 are needed" in str(report.line(few | {"replies": 2}))
+    assert "of those in them 2 are there with a requirement, 5 are needed" in str(
+        report.line(few | {"requirements": 2})
+    )

@@ -105,7 +105,7 @@ class Placement:
         if not groups.clustered and wanted.noise:
             spent = epsilon(wanted.noise, wanted.delta)
             self._report("noise", sigma=wanted.noise, epsilon=spent, delta=wanted.delta)
-        if not groups.clustered or (again and vectors):
+        if not groups.clustered or (again and self._enough_known(number, groups, vectors)):
             clients = tuple(in_order(vectors))
             rows = np.stack([vectors[client] for client in clients])
             divided = self.divide(number, groups, Seen(clients, rows @ rows.T))
@@ -116,6 +116,16 @@ class Placement:
         where = dict(groups.where)
         where |= {client: clustering.nearest(vectors[client], groups.centroids) for client in fresh}
         return self._moved(number, groups, where)
+
+    def _enough_known(self, number: int, groups: Groups, vectors: Mapping[ClientId, Numbers]) -> bool:
+        """Whether enough of those who have a place are there to divide them anew, as after a resume they may not be.
+
+        Two of a large cluster, alone, may look as unlike as two clusters do.
+        """
+        known, needed = sum(client in vectors for client in groups.where), enough_of(len(groups.where))
+        if known < needed:
+            self._report("undivided", round=number, requirements=known, needed=needed)
+        return known >= needed
 
     def _vectors(self, groups: Groups) -> tuple[dict[ClientId, Numbers], str]:
         """The encoded requirements that can be compared, and the mark of their space.
@@ -213,12 +223,11 @@ class Placement:
         return Seen(clients, seen)
 
     def enough(self) -> int:
-        """How many replies clients are divided by at least: half of the roster's, three where there are so many.
+        """How many replies clients are divided by at least.
 
         A division by whoever happened to answer would be final, as ``clusters.every`` is 0 by default.
         """
-        members = len(self.roster.members)
-        return min(members, max(FEWEST, math.ceil(members / 2)))
+        return enough_of(len(self.roster.members))
 
     def divides(self, number: int, groups: Groups, replies: int) -> bool:
         """Whether a round's replies divide the clients (anew); too few do not, and that is said."""
@@ -330,6 +339,11 @@ class Placement:
         known = {client: count for client, count in counts.items() if count}
         most = self.settings.admission.max_weight
         return {**counts, **dict(zip(known, capped(list(known.values()), most), strict=True))}
+
+
+def enough_of(clients: int) -> int:
+    """How many of the clients have to be seen to divide them: half, and three where there are so many."""
+    return min(clients, max(FEWEST, math.ceil(clients / 2)))
 
 
 def products_of_b(updates: Sequence[Update]) -> Numbers:

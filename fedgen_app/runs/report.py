@@ -129,6 +129,11 @@ def line(event: Mapping[str, Any]) -> str | None:
             return f"  {len(event['clusters'])} clusters in round {event['round']} (clients in each: {sizes})"
         case "too-few":
             return f"  cluster {event['cluster']} cannot be trained: {event['reason']}"
+        case "undivided" if "requirements" in event:
+            return (
+                f"  clusters stay as they are in round {event['round']}: of those in them {event['requirements']} are "
+                f"there with a requirement, {event['needed']} are needed"
+            )
         case "undivided":
             return (
                 f"  clients are not told apart in round {event['round']}: {event['replies']} replies, "
