@@ -285,6 +285,11 @@ def test_reclustering_keeps_identities_and_states(tmp_path: Path) -> None:
         ({"clusters.by": "loss", "clusters.warmup": "3", "num-server-rounds": "3"}, "where chance dealt them"),
         ({"clusters.by": "prompts", "clusters.key": "/nowhere"}, "clusters.key = '/nowhere': no such file"),
         ({"clusters.encoder": "./nowhere"}, "clusters.encoder"),
+        (
+            {"clusters.noise": "0.1"},
+            "clusters.noise = 0.1: protects what clients say they want, which clusters.by = 'none'",
+        ),
+        ({"clusters.by": "loss", "num-server-rounds": "3", "clusters.key": __file__}, f"clusters.key = {__file__!r}: "),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_start(changes: dict[str, str], told: str, tmp_path: Path) -> None:

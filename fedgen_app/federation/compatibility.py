@@ -16,7 +16,7 @@ def check_method(settings: Settings) -> Method:
         SettingsError: names every setting that it refuses, and why.
     """
     method = load_method(settings.method)
-    objections = [*method.refuses(settings), *_cluster_objections(settings, method)]
+    objections = [*method.refuses(settings), *_cluster_objections(settings, method), *_idle_protection(settings)]
     if settings.backbone_bits and method.weights == "model":
         objections.append(
             f"backbone-bits = {settings.backbone_bits}: method = {settings.method} trains the weights, which so few "
@@ -80,3 +80,13 @@ def _cluster_objections(settings: Settings, method: Method) -> list[str]:
     if by == "loss" and warmup >= rounds:
         return [f"{late} clients would stay where chance dealt them in all of them; use less"]
     return []
+
+
+def _idle_protection(settings: Settings) -> list[str]:
+    """What would protect prompts that nobody is asked for: whoever sets it would take the run for a protected one."""
+    by, noise, key = settings.clusters.by, settings.clusters.noise, settings.clusters.key
+    if by == "prompts":
+        return []
+    what = f"protects what clients say they want, which clusters.by = {by!r} asks nobody for; take 'prompts', or"
+    found = [f"clusters.noise = {noise:g}: {what} 0"] if noise else []
+    return [*found, f"clusters.key = {key!r}: {what} none"] if key else found
