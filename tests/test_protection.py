@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from fedgen_app.errors import SettingsError
 from fedgen_app.federation import protection
-from fedgen_app.federation.leakage import comparable, ranks, recoveries, turned_back
+from fedgen_app.federation.leakage import NEAREST, comparable, ranks, recoveries, turned_back
 from fedgen_app.federation.protection import (
     epsilon,
     key_mark,
@@ -140,6 +140,15 @@ def test_what_the_audit_says_of_each_protection() -> None:
     assert by["rotation and noise 5", "vectors"].top1 < 0.1
     assert all(row.top1 <= row.top5 for row in found)
     assert by["none", "candidates"].as_json()["epsilon"] is None and by["noise 5", "candidates"].epsilon < 5
+
+
+def test_the_audit_turns_by_the_key_that_it_is_given() -> None:
+    rows = directions(40, 4)
+    turned = ranks(rows @ rotation(KEY, 4).T @ rows.T, range(40))
+    by = {row.protection: row for row in recoveries(rows, range(40), [], SETTINGS, 0, KEY) if row.attacker == NEAREST}
+    assert by["rotation"].top5 == np.mean([rank < 5 for rank in turned])
+    other = {row.protection: row for row in recoveries(rows, range(40), [], SETTINGS) if row.attacker == NEAREST}
+    assert other["rotation"].top5 != by["rotation"].top5
 
 
 def test_one_device_has_no_cosine_and_a_long_list_is_not_searched_for_them() -> None:

@@ -360,10 +360,31 @@ def test_the_audit_command(tmp_path: Path) -> None:
     assert not any(line in (tmp_path / "found.json").read_text() for line in lines)
 
 
+def test_the_audit_takes_noise_and_key_of_the_run_and_tells_what_repeats(tmp_path: Path) -> None:
+    lines = [" ".join(TOPICS[topic].split()[i : i + 4]) for topic in TOPICS for i in range(2)]
+    (tmp_path / "candidates.txt").write_text("\n".join([*lines, lines[0]]) + "\n")
+    (tmp_path / "one.txt").write_text(f"{lines[3]}\n\n{lines[3]}\n{lines[3]}\n")
+    (tmp_path / "key").write_bytes(KEY)
+    settings = [f"backbone={tiny_model()}", "dtype=float32", "clusters.noise=0.03", f"clusters.key={tmp_path / 'key'}"]
+    options = [f"--set={each}" for each in settings] + ["--noise", "0.5", "--output", str(tmp_path / "found.json")]
+    ended = command("audit-prompts", tmp_path / "candidates.txt", "--prompts", tmp_path / "one.txt", *options)
+    assert ended.status == 0, ended.err
+    assert "1 prompt sought among 6 candidates" in ended.out and "one prompt: there are no cosines" in ended.out
+    assert "candidates.txt: lines that repeat another one: 1; a prompt counts once" in ended.out
+    assert "one.txt: lines that repeat another one: 2; a prompt counts once" in ended.out
+    found = json.loads((tmp_path / "found.json").read_text())
+    tried = [row["protection"] for row in found if row["attacker"].endswith("candidates")]
+    assert tried == ["none", "noise 0.5", "noise 0.03", "rotation"]
+    assert not any(row["attacker"] == COSINES for row in found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["none.txt"], "none.txt"),
+        (["empty.txt"], "no prompt in it"),
+        (["two.txt", "--prompts", "empty.txt"], "no prompt in it"),
+        (["two.txt", "--set", "clusters.key=one.txt"], "1 bytes, should be 32 or more"),
         (["one.txt"], "two prompts or more"),
         (["two.txt", "--noise", "much"], "--noise much"),
         (["two.txt", "--noise", "0"], "should be above 0"),
@@ -374,8 +395,8 @@ def test_the_audit_command(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_audited_is_said(arguments: list[str], told: str, tmp_path: Path) -> None:
-    for name, text in (("one", "a\n"), ("two", "a\nb\n"), ("three", "a\nb\nc\n")):
+    for name, text in (("empty", "\n"), ("one", "a\n"), ("two", "a\nb\n"), ("three", "a\nb\nc\n")):
         (tmp_path / f"{name}.txt").write_text(text)
-    whole = [str(tmp_path / a) if a.endswith(".txt") else a for a in arguments]
+    whole = [re.sub(r"(\w+\.txt)$", rf"{tmp_path}/\1", a) for a in arguments]
     ended = command("audit-prompts", *whole)
     assert ended.status == 2 and told in ended.err, ended.err

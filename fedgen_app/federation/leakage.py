@@ -71,7 +71,12 @@ def comparable(candidates: int, devices: int) -> bool:
 
 
 def recoveries(
-    candidates: Numbers, truth: Sequence[int], sigmas: Sequence[float], settings: Settings, known: int = 0
+    candidates: Numbers,
+    truth: Sequence[int],
+    sigmas: Sequence[float],
+    settings: Settings,
+    known: int = 0,
+    secret: bytes = b"",
 ) -> list[Recovery]:
     """Recovery without protection, with noise, with a rotation, with both, and with a rotation that is partly known.
 
@@ -80,11 +85,12 @@ def recoveries(
         truth: Which of them the devices asked for. By their cosines the first ``cosines.MOST_DEVICES`` are sought.
         known: How many prompts the attacker knows beside their vectors, at most half of the candidates; 0: as many as
             the vectors are wide, if half of the candidates are so many.
+        secret: The key of the rotation; empty: one is drawn.
     """
     width, delta = candidates.shape[1], settings.clusters.delta
     clean = candidates[list(truth)]
     draw = np.random.default_rng(derive(settings.seed, "audit"))
-    key = rotation(draw.bytes(32), width)
+    key = rotation(secret or draw.bytes(32), width)
     pairs = min(known or width, max(1, len(candidates) // 2))
     learned = draw.permutation(len(candidates))[:pairs]
     told = set(learned.tolist())
