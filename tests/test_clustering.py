@@ -149,3 +149,8 @@ def test_the_map_is_a_picture(tmp_path: Path) -> None:
         points = plane(np.eye(count))
         clustering.draw_map(range(count), [c % 3 for c in range(count)], points, "by prompts", tmp_path / "map.png")
         assert Image.open(tmp_path / "map.png").size[0] > 400
+        before = (tmp_path / "map.png").read_bytes()
+        clustering.draw_map(
+            range(count), [c % 3 for c in range(count)], points, "by prompts", tmp_path / "map.png", [0, 99]
+        )
+        assert (tmp_path / "map.png").read_bytes() != before

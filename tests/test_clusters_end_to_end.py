@@ -191,6 +191,7 @@ def test_loss_finds_the_clusters_and_what_it_costs_is_counted(tmp_path: Path) ->
     assert found["clustering"]["adjusted_rand"] == 1 and len(found["clusters"]) == 2
     first, *later = (entry["downlink_bytes"] for entry in found["rounds"])
     assert all(1.7 * first < size < 2.1 * first for size in later)
+    assert (tmp_path / "run/clusters/map.json").exists() and not (tmp_path / "run/clusters/map.png").exists()
 
 
 class ChoosesWrong(InProcessGrid):

@@ -45,14 +45,14 @@ def test_everybody_starts_from_their_cluster_and_others_from_the_global_state() 
 def test_a_checkpoint_holds_all_of_it(tmp_path: object) -> None:
     from pathlib import Path
 
-    groups = replace(two(), space="0123456789abcdef", counts=EXAMPLES)
+    groups = replace(two(), space="0123456789abcdef", counts=EXAMPLES, joined=(2,))
     with RunFolder(Path(str(tmp_path)) / "run", 2) as folder:
         folder.save_checkpoint(4, groups.parts(), groups.facts())
         found = load_checkpoint(folder.path)
     assert isinstance(found, Checkpoint)
     back = Groups.restored(found.parts, found.facts)
     assert (back.where, back.examples, back.kinship) == (groups.where, groups.examples, groups.kinship)
-    assert back.counts == EXAMPLES
+    assert back.counts == EXAMPLES and back.joined == (2,)
     assert back.clustered and back.free == 3 and back.space == groups.space and sorted(back.states) == [0, 2]
     for cluster in (0, 2):
         assert same(back.states[cluster].adapter, groups.states[cluster].adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from synthetic import ROOT, a_round, random_adapter
 
 from fedgen_app.errors import RunError
-from fedgen_app.federation.clustering import cosines
+from fedgen_app.federation.clustering import Numbers, cosines
 from fedgen_app.federation.groups import Groups
 from fedgen_app.federation.hierarchy import Hierarchy
 from fedgen_app.federation.method import ClientId, GlobalState, Lora, Method, Update
@@ -52,7 +53,8 @@ class Where:
         )
         self.roster = Roster("sha256:ours", 0, 1.0, self.report, 0)
         self.here(*members)
-        self.placement = Placement(settings, Method(), self.roster, lambda: truth or {}, self.report, lambda *_: None)
+        self.drawn: list[tuple[list[ClientId], list[ClientId]]] = []  # whom the pictures show, and who came later
+        self.placement = Placement(settings, Method(), self.roster, lambda: truth or {}, self.report, self.draw)
 
     def here(self, *members: Member) -> None:
         """Let these be there, and no others."""
@@ -60,6 +62,12 @@ class Where:
 
     def report(self, kind: str, **fields: Any) -> None:
         self.events.append({"event": kind, **fields})
+
+    def draw(
+        self, where: Mapping[ClientId, int], clients: Sequence[ClientId], products: Numbers, later: Collection[ClientId]
+    ) -> None:
+        assert {*later} <= {*where} and products.shape == (len(clients), len(clients))
+        self.drawn.append((list(clients), list(later)))
 
     def told(self, kind: str) -> list[dict[str, Any]]:
         """The events of a kind, without that name."""
@@ -153,6 +161,19 @@ def test_a_cluster_that_is_away_keeps_state_weight_and_centroid() -> None:
     assert found.centroids[1] == pytest.approx(groups.centroids[1]) and set(found.kinship) == set(groups.kinship)
     there.here(*FOUR)
     assert there.placement.before(3, found).where == found.where
+
+
+def test_newcomers_are_drawn_among_those_who_formed_the_clusters() -> None:
+    there = Where("prompts", [*FOUR, member(9)])
+    groups = there.placement.before(1, nobody_yet())
+    there.placement.before(2, groups)
+    assert there.drawn == [([0, 1, 2, 3], [])]
+    late = Where("prompts", [*FOUR[1:], member(4, LEFT)], every=3)  # of a run that was resumed
+    groups = late.placement.before(2, resumed(groups))
+    late.here(*FOUR, member(4, LEFT), member(5, RIGHT))
+    groups = late.placement.before(3, resumed(groups))
+    late.placement.before(4, groups)
+    assert late.drawn == [([1, 2, 3, 4], [4]), ([0, 1, 2, 3, 4, 5], [4, 5]), ([0, 1, 2, 3, 4, 5], [])]
 
 
 def test_few_who_come_back_do_not_part_and_newcomers_find_a_place() -> None:

@@ -7,7 +7,7 @@ needs scikit-learn or SciPy runs on the server and imports them when it is first
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,17 +148,28 @@ def plane(products: Numbers) -> Numbers:
     return np.asarray(shown * np.where(signs == 0, 1, signs), np.float64)
 
 
-def draw_map(names: Sequence[object], clusters: Sequence[int], points: Numbers, title: str, file: Path) -> None:
-    """The clients in a plane, coloured by cluster, as a PNG."""
+def draw_map(
+    names: Sequence[object],
+    clusters: Sequence[int],
+    points: Numbers,
+    title: str,
+    file: Path,
+    later: Collection[object] = (),
+) -> None:
+    """The clients in a plane, coloured by cluster, as a PNG; triangles are those of ``names`` that came ``later``."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes: Any = figure.add_subplot()
     colours = colormaps["tab10" if len(set(clusters)) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    late, of = np.array([name in later for name in names]), np.array(clusters)
     for number, cluster in enumerate(sorted(set(clusters))):
-        chosen = points[[each == cluster for each in clusters]]
-        axes.scatter(*chosen.T, color=colours[number % len(colours)], label=f"cluster {cluster}", s=45)
+        colour = colours[number % len(colours)]
+        axes.scatter(*points[(of == cluster) & ~late].T, color=colour, label=f"cluster {cluster}", s=45)
+        axes.scatter(*points[(of == cluster) & late].T, color=colour, marker="^", s=80)
+    if late.any():
+        axes.scatter([], [], color="grey", marker="^", label="came later", s=80)
     for name, point in zip(names, points, strict=True):
         axes.annotate(str(name)[:12], point, textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.set(xlabel="first principal component", ylabel="second", title=title)

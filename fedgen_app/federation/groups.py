@@ -33,6 +33,7 @@ class Groups:
         free: The first number that no cluster ever had.
         space: The mark of the space of the centroids: which encoder, which key (``requirement.space_of``).
         counts: Examples of every client that has a cluster, as it told them last.
+        joined: Who came to the nearest centroid after the clusters were formed.
     """
 
     states: Mapping[int, GlobalState]
@@ -45,6 +46,7 @@ class Groups:
     free: int = 1
     space: str = ""
     counts: Mapping[ClientId, float] = field(default_factory=dict)
+    joined: tuple[ClientId, ...] = ()
 
     @classmethod
     def single(cls, state: GlobalState) -> Groups:
@@ -81,6 +83,7 @@ class Groups:
                 "space": self.space,
                 "counts": [[client, count] for client, count in self.counts.items()],
                 "free": self.free,
+                "joined": list(self.joined),
             }
         }
 
@@ -106,6 +109,7 @@ class Groups:
             counts={client: count for client, count in known.get("counts", [])},  # an older checkpoint has none
             clustered=True,
             free=known["free"],
+            joined=tuple(known.get("joined", [])),
         )
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +27,7 @@ from fedgen_app.settings import Settings
 
 BY_REPLIES = ("updates", "adapters")
 FEWEST = 3  # replies that clients are divided by, where there are so many: two are alike or not by chance
-Draw = Callable[[Mapping[ClientId, int], Sequence[ClientId], Numbers], None]
+Draw = Callable[[Mapping[ClientId, int], Sequence[ClientId], Numbers, Collection[ClientId]], None]
 
 
 def needs_packages() -> None:
@@ -50,7 +50,8 @@ class Placement:
 
     Args:
         truth: What each simulated client's data mostly is, for ``clusters.by = oracle``.
-        draw: Called with the places, and where they come from vectors with those clients and their inner products.
+        draw: Called with the places, and where they come from vectors with those clients, their inner products and
+            who of them came after the clusters were formed.
     """
 
     def __init__(
@@ -106,16 +107,17 @@ class Placement:
             spent = epsilon(wanted.noise, wanted.delta)
             self._report("noise", sigma=wanted.noise, epsilon=spent, delta=wanted.delta)
         if not groups.clustered or (again and self._enough_known(number, groups, vectors)):
-            clients = tuple(in_order(vectors))
-            rows = np.stack([vectors[client] for client in clients])
-            divided = self.divide(number, groups, Seen(clients, rows @ rows.T))
+            divided = self.divide(number, groups, _likeness(vectors))
             return replace(self._centred(divided, vectors), space=space)
         fresh = [client for client in in_order(vectors) if client not in groups.where]
         if not fresh:
             return groups
         where = dict(groups.where)
         where |= {client: clustering.nearest(vectors[client], groups.centroids) for client in fresh}
-        return self._moved(number, groups, where)
+        moved = replace(self._moved(number, groups, where), joined=(*groups.joined, *fresh))
+        seen = _likeness(vectors)
+        self._draw(moved.where, seen.clients, seen.products, moved.joined)
+        return moved
 
     def _enough_known(self, number: int, groups: Groups, vectors: Mapping[ClientId, Numbers]) -> bool:
         """Whether enough of those who have a place are there to divide them anew, as after a resume they may not be.
@@ -261,10 +263,10 @@ class Placement:
         gone = left - set(places.values()) - away
         remain = {c: place for c, place in remain.items() if place not in gone}
         where = {client: (places | remain)[client] for client in in_order([*places, *remain])}
-        self._draw(places, seen.clients, cosine)
+        self._draw(where, seen.clients, cosine, ())
         moved = self._moved(number, groups, where)
         known = {pair: value for pair, value in groups.kinship.items() if {*pair} <= {*moved.states}}
-        return replace(moved, kinship=known | kinship)
+        return replace(moved, kinship=known | kinship, joined=())
 
     def _away(self, groups: Groups, seen: Sequence[ClientId]) -> set[int]:
         """The clusters of which less than half of the members were seen."""
@@ -339,6 +341,12 @@ class Placement:
         known = {client: count for client, count in counts.items() if count}
         most = self.settings.admission.max_weight
         return {**counts, **dict(zip(known, capped(list(known.values()), most), strict=True))}
+
+
+def _likeness(vectors: Mapping[ClientId, Numbers]) -> Seen:
+    clients = tuple(in_order(vectors))
+    rows = np.stack([vectors[client] for client in clients])
+    return Seen(clients, rows @ rows.T)
 
 
 def enough_of(clients: int) -> int:

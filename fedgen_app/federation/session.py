@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -207,15 +207,22 @@ class Session:
             raise SettingsError("clusters.by = 'oracle': for simulations alone, of data with labels or topics")
         return self._kinds
 
-    def draw_clusters(self, where: Mapping[ClientId, int], clients: Sequence[ClientId], products: Numbers) -> None:
-        """clusters/map.png: the clients in a plane, as they were told apart."""
+    def draw_clusters(
+        self,
+        where: Mapping[ClientId, int],
+        clients: Sequence[ClientId],
+        products: Numbers,
+        later: Collection[ClientId] = (),
+    ) -> None:
+        """clusters/map.png: the clients that were compared in a plane, and who came ``later`` with another mark."""
         file = self.folder.path / "clusters" / "map.png"
         with _written(file.parent) as folder:
             folder.mkdir(exist_ok=True)
-        title = f"{len(clients)} clients by {self.settings.clusters.by}"
+        shown = f"{len(clients)} of {len(where)}" if len(clients) < len(where) else len(clients)
+        title = f"{shown} clients by {self.settings.clusters.by}"
         places, points = [where[client] for client in clients], clustering.plane(products)
         with _written(file):
-            clustering.draw_map(clients, places, points, title, file)
+            clustering.draw_map(clients, places, points, title, file, later)
 
     def finish(self, groups: Groups) -> None:
         """Export the global adapter and the clusters', generate samples, write the results."""
