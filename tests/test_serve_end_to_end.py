@@ -59,6 +59,7 @@ def test_a_split_generation_equals_the_unsplit_one(learns_text: bool, tmp_path: 
         }.items():
             ended = command("generate", run, *CUT, *options, "--output", tmp_path / name)
             assert ended.status == 0, ended.err
+            assert ended.err.count("the encoded prompts go to") == (name != "here")
             made[name] = picture(tmp_path / name)
     for name in ("there", "split", "late"):
         assert np.abs(made[name] - made["here"]).max() <= 1, name
@@ -69,6 +70,7 @@ def test_the_service_chooses_by_the_encoded_prompt_as_the_run_does(images: Liste
     for name, options in {"here": [], "there": ["--via", images.url]}.items():
         ended = command("generate", image_run(), *CUT, "--mix", "auto", *options, "--output", tmp_path / name)
         assert ended.status == 0, ended.err
+        assert ended.err.count("the encoded prompts go to") == (name == "there")
     assert np.abs(picture(tmp_path / "here") - picture(tmp_path / "there")).max() <= 1
 
 
@@ -79,6 +81,8 @@ def test_texts_are_written_on_the_device_with_the_mixed_adapter() -> None:
         for mix in (["--mix", "auto"], ["--mix", "0:1,2:3"], ["--mix", "0:1", "--mix", "1:1"]):
             here, there = command(*asked, *mix), command(*asked, *mix, "--via", service.url)
             assert (here.status, there.status) == (0, 0), there.err
+            said = f"the encoded prompts go to {service.url}, without noise\n"  # weights say nothing of them
+            assert there.err.count(said) == ("auto" in mix) and "without noise" not in here.err
             assert there.out == here.out and there.out.count("---") == 3
         refused = command(*asked, "--via", service.url, "--split", "2")
         assert refused.status == 2 and "made in one place" in refused.err
@@ -115,7 +119,7 @@ def test_with_a_key_the_device_turns_its_vector_and_others_give_weights(tmp_path
         assert (there.status, there.out) == (0, here.out), there.err
         sent = service.metric("received_bytes_total")
         without = command(*asked, "--via", service.url)
-        assert without.status == 3 and "another secret key" in without.err
+        assert without.status == 3 and "another secret key" in without.err and "go to" not in without.err
         assert service.metric("received_bytes_total") == sent > 0  # the vector that was not turned stayed here
         weights = command(*asked, "--via", service.url, "--mix", f"{best[0]}:1")
         assert weights.status == 0, weights.err

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from fedgen_app.cli import mixing
 from fedgen_app.errors import SettingsError
 from fedgen_app.fleet.source import connected
@@ -47,13 +49,19 @@ class Via:
     ) -> list[Sample]:
         """So many of each text, with the adapter that is in the model as the device's part.
 
+        That encoded prompts go out is said before they do: no policy counts them here.
+
         Raises:
             ServiceError: the service refuses, or does not answer.
+            SettingsError: there is nothing to split.
         """
         from fedgen_app.federation.protection import read_key
         from fedgen_app.serving import asks
         from fedgen_app.serving.client import Choice, Remote, draw, write_with
 
+        hides = task.stages is not None and task.stages.hides(backbone)
+        if self.split and not hides:
+            raise SettingsError(f"--split {self.split}: this backbone's images or texts are made in one place")
         key = read_key(key_file) if key_file else b""
         each = self.mixes * len(texts) if len(self.mixes) == 1 else self.mixes
         choice = Choice.of(settings, task, backbone, texts, each, key, encoder)
@@ -61,10 +69,10 @@ class Via:
             remote = Remote(client, self.url.rstrip("/"), self.token, backbone.fingerprint)
             if asks.SPACE in choice.facts:
                 remote.check_space(choice.facts[asks.SPACE])
-            if task.stages is not None and task.stages.hides(backbone):
+            if hides or asks.SPACE in choice.facts:
+                typer.echo(f"the encoded prompts go to {remote.url}, without noise", err=True)
+            if hides:
                 return draw(remote, settings, task, backbone, texts, count, seed, choice, self.split)
-            if self.split:
-                raise SettingsError(f"--split {self.split}: this backbone's images or texts are made in one place")
             return write_with(remote, settings, task, backbone, texts, count, seed, choice)
 
 
