@@ -260,6 +260,16 @@ def test_the_same_seed_gives_the_same_texts(backbone: Backbone) -> None:
         assert sample.prompt == text and sample.content.startswith(text) and len(sample.content) > len(text)
 
 
+def test_a_text_does_not_hang_on_those_beside_it(backbone: Backbone) -> None:
+    texts = ["the captain", "the judge of the court", "a", "the captain", ""]
+    alone, pairs, all_ = (
+        TASK.sample(tiny_settings(samples__length=12, samples__batch=batch), backbone, texts, 3) for batch in (1, 2, 8)
+    )
+    assert alone == pairs == all_ and [sample.prompt for sample in all_] == texts
+    assert all_[0] != all_[3]  # each has its own random numbers
+    assert TASK.sample(tiny_settings(samples__length=12), backbone, texts[:2], 3) == all_[:2]
+
+
 def test_the_adapter_changes_what_is_said(backbone: Backbone) -> None:
     said = TASK.sample(long(20), backbone, ["the captain"], 0)
     with backbone.model.disable_adapter():

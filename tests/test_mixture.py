@@ -114,13 +114,18 @@ def test_one_pass_with_a_mixture_per_sample_is_many_passes_with_one(kind: str, m
         assert not torch.allclose(together[number], together[(number + 2) % 4], atol=0.01)
 
 
-def test_text_is_written_with_a_mixture_for_each_prompt() -> None:
+def test_text_is_written_with_a_mixture_for_each_prompt_in_one_pass() -> None:
     settings = tiny_settings(samples__length=8)
     backbone = open_backbone(settings)
-    parts, texts = parts_of(backbone), ["the sea", "the judge"]
-    mixtures = [Mixture.of({0: 1, 2: 1}), Mixture.of({1: 1})]
+    parts, texts = parts_of(backbone), ["the sea", "the judge of the court", "a"]
+    mixtures = [Mixture.of({0: 1, 2: 1}), Mixture.of({1: 1}), Mixture.of({0: 1, 2: 1})]
+    passes: list[int] = []
+    embedding = backbone.model.get_input_embeddings()  # type: ignore[operator]
+    counting = embedding.register_forward_hook(lambda _, inputs, __: passes.append(len(inputs[0])))
     with active(backbone.model, parts, mixtures) as rows:
         said = language.TASK.sample(settings, backbone, texts, 1, rows)
+    counting.remove()
+    assert passes == [3] * 8  # one a token, of all three
     for number, mixture in enumerate(mixtures):
         adapters.write(backbone.model, combined(mixture, parts, lambda rank: 8.0 / rank))
         assert language.TASK.sample(settings, backbone, texts, 1)[number] == said[number]
@@ -180,6 +185,16 @@ def test_nothing_is_left_in_the_model(residual: bool, monkeypatch: pytest.Monkey
     ):
         pass
     same()
+
+
+def test_rows_that_a_layer_does_not_keep_cannot_have_mixtures_of_their_own() -> None:
+    backbone = open_backbone(tiny_settings())
+    parts, tokens = parts_of(backbone), torch.zeros((3, 4), dtype=torch.long)
+    with active(backbone.model, parts, [Mixture.of({0: 1}), Mixture.of({1: 1})]) as rows:
+        with rows([0, 0]):
+            backbone.model(tokens)
+        with rows([0, 1]), pytest.raises(AdapterError, match="2 samples with different mixtures .* has 3 rows"):
+            backbone.model(tokens)
 
 
 def test_what_cannot_be_mixed_is_refused() -> None:

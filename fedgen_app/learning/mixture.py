@@ -114,7 +114,8 @@ def active(model: nn.Module, parts: Mapping[int, Adapter], mixtures: Sequence[Mi
         mixtures: One per sample.
 
     Raises:
-        AdapterError: all weights of the model learned, its adapters are switched off, or an adapter does not fit.
+        AdapterError: all weights of the model learned, its adapters are switched off, or an adapter does not fit; in a
+            forward pass: a layer does not keep rows first, and they have different mixtures.
     """
     if isinstance(model, WholeModel):
         raise AdapterError("all weights learned: there are no adapters to mix")
@@ -182,6 +183,11 @@ def _chosen(peft: Any, names: Sequence[str]) -> Iterator[None]:
 
     def choose(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         each = list(names) if len(set(names)) > 1 else [names[0]] * len(inputs[0])
+        if len(each) != len(inputs[0]):
+            raise AdapterError(
+                f"{len(each)} samples with different mixtures cannot share a pass: a layer of this backbone has "
+                f"{len(inputs[0])} rows for them; generate one at a time"
+            )
         return inputs, {**named, "adapter_names": each}
 
     with contextlib.ExitStack() as hooks:

@@ -9,7 +9,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.utils import logging as transformers_logging
 
 from fedgen_app.errors import BackboneError, SettingsError
@@ -190,30 +198,55 @@ def sample(
 ) -> list[Sample]:
     """One continuation per prompt, by nucleus sampling; the same seed gives the same texts.
 
-    Raises:
-        DataError: a prompt has no token.
+    ``samples.batch`` of them are written at once, each drawn with random numbers of its own: a text is the one that it
+    would be alone, unless rounding, which the batch changes, decides between two tokens.
+
+    Args:
+        rows: Which mixture of adapters acts on each text's row (``mixture.active``); else the model is as it is.
     """
-    tokenizer, model = backbone.processor, cast(Any, backbone.model)
+    tokenizer, model, samples = backbone.processor, cast(Any, backbone.model), []
     model.eval()
-    samples = []
-    for number, text in enumerate(texts):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        inputs = torch.tensor([[start_token(tokenizer), *ids]], device=backbone.device)
-        torch.manual_seed(derive(seed, "sample", number))
-        with rows([number]):
+    for first in range(0, len(texts), settings.samples.batch):
+        chosen = range(first, min(first + settings.samples.batch, len(texts)))
+        prompts = [tokenizer(texts[number], add_special_tokens=False)["input_ids"] for number in chosen]
+        begun = max(map(len, prompts)) + 1
+        inputs = torch.full((len(prompts), begun), start_token(tokenizer))
+        seen = torch.zeros_like(inputs)
+        for row, ids in enumerate(prompts):  # to the left of what is seen: all go on in the same place
+            inputs[row, begun - len(ids) :] = torch.tensor(ids, dtype=torch.long)
+            seen[row, begun - len(ids) - 1 :] = 1
+        draws = [torch.Generator(backbone.device).manual_seed(derive(seed, "sample", n)) for n in chosen]
+        with rows(chosen):
             output = model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
+                input_ids=inputs.to(backbone.device),
+                attention_mask=seen.to(backbone.device),
                 max_new_tokens=settings.samples.length,
-                do_sample=True,
-                temperature=0.8,
-                top_p=0.95,
-                top_k=0,
+                do_sample=False,  # of what is left of the scores: the one token that was drawn
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                logits_processor=LogitsProcessorList(
+                    [TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.95), _DrawnAlone(draws)]
+                ),
                 use_cache=True,
                 pad_token_id=tokenizer.eos_token_id,
             )
-        samples.append(Sample(text, tokenizer.decode(output[0, 1:], skip_special_tokens=True)))
+        for number, ids, whole in zip(chosen, prompts, output, strict=True):
+            said = tokenizer.decode(whole[begun - len(ids) :], skip_special_tokens=True)
+            samples.append(Sample(texts[number], said))
     return samples
+
+
+class _DrawnAlone(LogitsProcessor):
+    """Leaves each row the token that its own generator drew: transformers would draw all rows' from one."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = generators
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        rows = zip(scores.softmax(-1), self.generators, strict=True)
+        drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+        return cast(torch.FloatTensor, torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0))
 
 
 def encode(samples: Sequence[Sample]) -> bytes:
