@@ -247,21 +247,22 @@ def check_upgrade(machine: Machine) -> None:
 def check_leaving(machine: Machine) -> None:
     """A device that leaves, and what is deleted of one that stays."""
     text = (machine.folder / "fleet.toml").read_text()
-    first, second = text.index("[[device]]\nid = 'cat'"), text.index("[[device]]\nid = 'dog'")
-    (machine.folder / "fleet.toml").write_text(text[:first])
-    assert second > first
+    first, after = text.index("[[device]]\nid = 'bee'"), text.index("[[device]]\nid = 'cat'")
+    (machine.folder / "fleet.toml").write_text(text[:first] + text[after:])
     provision(machine)
     install(machine, "server")
-    assert sorted(register(machine)) == ["unregistered cat", "unregistered dog"]
-    machine.run("systemctl", "disable", "--now", "fedgen-supernode-cat")
-    machine.run(
-        "rm", "-r", "/etc/systemd/system/fedgen-supernode-cat.service", "/etc/fedgen/cat", "/var/lib/fedgen/cat"
-    )
-    assert "cat" not in machine.run("systemctl", "list-units", "--all", "fedgen-*")
+    assert register(machine) == ["unregistered bee"]
+    services = "fedgen-supernode-bee", "fedgen-worker-bee"
+    machine.run("systemctl", "disable", "--now", *services)
+    units = [f"/etc/systemd/system/{service}.service" for service in services]
+    machine.run("rm", "-r", *units, "/etc/fedgen/bee", "/var/lib/fedgen/bee")
+    machine.run("systemctl", "daemon-reload")
+    assert machine.run("sh", "-c", f"systemctl is-active {' '.join(services)} || true") == "inactive\n" * 2
+    machine.run("systemctl", "cat", services[0], fails=True)
     number = results(machine, "first")["run"]
     assert number in machine.run("ls", "/var/lib/fedgen/ant/adapters")
     machine.run("rm", "-r", f"/var/lib/fedgen/ant/adapters/{number}")
-    run(machine, "left", devices=("ant", "bee"), checkout=Path(HERE, "checkout"))
+    run(machine, "left", devices=("ant", "cat"), checkout=Path(HERE, "checkout"))
 
 
 def until_reached(machine: Machine, device: str, times: int) -> None:
