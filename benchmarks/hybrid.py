@@ -60,15 +60,12 @@ def between(
     }
 
 
-def main() -> None:
-    """Draw the grid."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_way(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, tuple[int, int], list[float]]:
+    """The arguments, RUN_DIR, --clusters, --steps and --seed among them; from which cluster to which, in which shares."""
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--clusters", required=True, help="two of them, such as 0,2")
-    parser.add_argument("--steps", type=int, default=5, help="columns")
-    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    parser.add_argument("--steps", type=int, default=5, help="mixtures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("grid.png"))
     args = parser.parse_args()
     known = clusters_in(args.run / "clusters")
     named = [int(part) for part in args.clusters.split(",") if part.isdecimal()]
@@ -76,7 +73,15 @@ def main() -> None:
         parser.error(f"--clusters {args.clusters}: should name two of {', '.join(map(str, known)) or 'none'}")
     if args.steps < 2:
         parser.error(f"--steps {args.steps}: should be 2 or more")
-    shares = [step / (args.steps - 1) for step in range(args.steps)]
+    return args, (named[0], named[1]), [step / (args.steps - 1) for step in range(args.steps)]
+
+
+def main() -> None:
+    """Draw the grid."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    parser.add_argument("--output", type=Path, default=Path("grid.png"))
+    args, named, shares = read_way(parser)
     try:
         columns = between(args.run, *named, shares, args.prompt, args.seed)
     except FedgenError as error:

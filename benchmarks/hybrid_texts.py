@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from hybrid import read_way
 
 from fedgen_app.cli.finished import settings_of
-from fedgen_app.cli.mixing import clusters_in
 from fedgen_app.data.local import load_corpus
 from fedgen_app.errors import DataError, FedgenError, SettingsError
 from fedgen_app.federation.hybrid import adapters_of
@@ -59,21 +59,10 @@ def between(
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--clusters", required=True, help="two of them, such as 0,2")
     parser.add_argument("--topics", required=True, help="what the two have learned, such as drama,novel")
-    parser.add_argument("--steps", type=int, default=5, help="rows")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    known = clusters_in(args.run / "clusters")
-    named = [int(part) for part in args.clusters.split(",") if part.isdecimal()]
-    if len(set(named)) != 2 or not set(named) <= set(known):
-        parser.error(f"--clusters {args.clusters}: should name two of {', '.join(map(str, known)) or 'none'}")
-    if args.steps < 2:
-        parser.error(f"--steps {args.steps}: should be 2 or more")
+    args, named, shares = read_way(parser)
     topics = args.topics.split(",")
-    shares = [step / (args.steps - 1) for step in range(args.steps)]
     print(f"| weights | {' | '.join(f'bits per byte, {topic}' for topic in topics)} | {args.prompt!r} |")
     print("|---|" + "---:|" * len(topics) + "---|")
     try:
