@@ -61,7 +61,7 @@ def between(
 
 
 def read_way(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, tuple[int, int], list[float]]:
-    """The arguments, RUN_DIR, --clusters, --steps and --seed among them; from which cluster to which, in what shares."""
+    """The arguments, RUN_DIR, --clusters, --steps and --seed too; from which cluster to which, and in what shares."""
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--clusters", required=True, help="two of them, such as 0,2")
     parser.add_argument("--steps", type=int, default=5, help="mixtures")

@@ -7,6 +7,7 @@ with nothing but loopback. Needs root and systemd-nspawn.
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -76,7 +77,9 @@ def booted(layer: Path, folder: Path) -> Iterator[Machine]:
             assert process.poll() is None and time.monotonic() < end, (folder / "console.log").read_text()
             time.sleep(0.2)
             for child in psutil.Process(process.pid).children():
-                machine = Machine(folder, child)
+                status = Path(f"/proc/{child.pid}/status").read_text()
+                if re.search(r"^NSpid:.*\t1$", status, re.MULTILINE):  # not what only sets the container up
+                    machine = Machine(folder, child)
         while machine.run("sh", "-c", "systemctl is-system-running || true").strip() not in ("running", "degraded"):
             assert time.monotonic() < end, machine.logs()
             time.sleep(0.2)

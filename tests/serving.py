@@ -7,7 +7,7 @@ import functools
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,14 @@ class Listening:
         """What a line of /metrics says."""
         found = [text for text in self.get("/metrics").text.splitlines() if text.startswith(f"fedgen_serve_{line} ")]
         return float(found[0].rpartition(" ")[2]) if found else 0.0
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for it, not for ever."""
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import socket
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import httpx
 import pytest
 import torch
 from helpers import tiny_settings
-from serving import FINGERPRINT, TOKEN, answering
+from serving import FINGERPRINT, TOKEN, answering, until
 
 from fedgen_app.errors import ServiceError
 from fedgen_app.learning.backbone import open_backbone
@@ -31,6 +30,13 @@ def post(device: httpx.Client, most: int, url: str = "http://127.0.0.1") -> byte
 
 def lying(answer: Callable[[httpx.Request], httpx.Response]) -> httpx.Client:
     return httpx.Client(transport=httpx.MockTransport(answer))
+
+
+def answered(device: httpx.Client, url: str) -> bool:
+    try:
+        return post(device, 1000, url) == b"drawn"
+    except ServiceError:
+        return False
 
 
 def streamed(status: int, headers: dict[str, str]) -> httpx.Response:
@@ -75,8 +81,7 @@ def test_a_connection_that_is_closed_at_once_is_tried_again_and_one_that_is_refu
         assert refused.value.status == 0 and waits == [ENDED_WAIT] * 4
         for other in too_many:
             other.close()
-        time.sleep(1.0)  # the service is to see that
-        assert post(device, 1000, url) == b"drawn"
+        until(lambda: answered(device, url))  # once the service has seen that
     waits.clear()
     with pytest.raises(ServiceError, match="refused"), httpx.Client() as device:
         post(device, 1000, url)

@@ -7,12 +7,11 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
-from serving import LOCAL, TOKEN, answering, image_body
+from serving import LOCAL, TOKEN, answering, image_body, until
 
 from fedgen_app.errors import RunError
 from fedgen_app.fleet import certificates
@@ -44,13 +43,6 @@ def rest(connection: socket.socket) -> bytes:
     except (ConnectionResetError, ssl.SSLEOFError):
         pass
     return bytes(found)
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture(params=["clear", "tls"])

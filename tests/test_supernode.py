@@ -107,7 +107,7 @@ def test_a_message_whose_run_ends_meanwhile_leaves_no_answer_for_the_next(lost_a
         def confirm(*_: Any) -> None:
             raise RunNotRunningException
 
-        receive = supernode.receive if mended else supernode._receive
+        receive = supernode.Loop().receive if mended else supernode._receive
         run = receive(
             state=node.state,
             object_store=node.objects,
@@ -141,7 +141,7 @@ def test_an_answer_that_nobody_waits_for_is_dropped_before_the_next_message() ->
         task = flower_task.acquire(flower_task.dispatcher(node.runtime, None))
         assert task and flower_task.answer_for(node.runtime, task, None)
         assert (
-            supernode.receive(
+            supernode.Loop().receive(
                 state=node.state,
                 object_store=node.objects,
                 node_config={},
@@ -164,19 +164,19 @@ class Sent:
         self.node = node
         self.answers: list[tuple[str, int | None]] = []
 
-    def __call__(self) -> Sent:
-        def send(message: Message, tree: Any, _: float) -> tuple[set[str], str]:
-            code = message.error.code if message.has_error() else None
-            self.answers.append((message.metadata.reply_to_message_id, code))
+    def answer(self, message: Message) -> tuple[str, int | None]:
+        """Send the answer to a message that was received."""
+        loop = supernode.Loop()
+        loop.message, loop.run = message.metadata.message_id, message.metadata.run_id
+
+        def send(reply: Message, tree: Any, _: float) -> tuple[set[str], str]:
+            code = reply.error.code if reply.has_error() else None
+            self.answers.append((reply.metadata.reply_to_message_id, code))
             return {part.object_id for part in iterate_object_tree(tree)}, ""
 
-        supernode.send(
-            state=self.node.state,
-            object_store=self.node.objects,
-            send=send,
-            push_object=lambda *parts: self.put(parts[-1]),
-        )
-        return self
+        state, objects = self.node.state, self.node.objects
+        loop.send(state=state, object_store=objects, send=send, push_object=lambda *parts: self.put(parts[-1]))
+        return self.answers[-1]
 
     def put(self, content: bytes) -> None:
         assert content
@@ -201,6 +201,9 @@ def header(message: Message) -> bytes:
     return pulled.SerializeToString()
 
 
+CRASHED = ErrorCode.CLIENT_APP_CRASHED
+
+
 @pytest.mark.parametrize("answered_for", [True, False])
 def test_half_an_answer_whose_process_died_is_an_error_and_holds_up_nothing(answered_for: bool) -> None:
     with Node(free_port(), None) as node:
@@ -217,15 +220,20 @@ def test_half_an_answer_whose_process_died_is_an_error_and_holds_up_nothing(answ
         )
         if answered_for:
             assert flower_task.answer_for(node.runtime, task, header(message))
-        else:  # nobody is left who could: the SuperNode misses the heartbeats
-            for token in node.state.task_token_store.values():  # type: ignore[attr-defined]
-                token.active_until = now() - timedelta(seconds=1)
-        sent = Sent(node)()
-        assert sent.answers == [(message.metadata.message_id, ErrorCode.CLIENT_APP_CRASHED)]
+        else:  # nobody is left who could
+            miss_heartbeats(node)
+        sent = Sent(node)
+        assert sent.answer(message) == (message.metadata.message_id, CRASHED)
         node.put(bundle())
         _, client, message, context = begun(node, dispatcher)
         flower_task.push_message(client, Message(RecordDict(), reply_to=message), context)
-        assert sent().answers[1:] == [(message.metadata.message_id, None)]
+        assert sent.answer(message) == (message.metadata.message_id, None) and len(sent.answers) == 2
+
+
+def miss_heartbeats(node: Node) -> None:
+    """As a minute after whoever worked has died."""
+    for token in node.state.task_token_store.values():  # type: ignore[attr-defined]
+        token.active_until = now() - timedelta(seconds=1)
 
 
 def test_parts_that_are_still_brought_are_waited_for() -> None:
@@ -240,7 +248,7 @@ def test_parts_that_are_still_brought_are_waited_for() -> None:
 
         client.PushObject = push
         sent = Sent(node)
-        thread = threading.Thread(target=sent)
+        thread = threading.Thread(target=sent.answer, args=[message], daemon=True)
         thread.start()
         reply = Message(RecordDict({"config": ConfigRecord({"slow": 1})}), reply_to=message)
         flower_task.push_message(client, reply, context)
@@ -254,8 +262,49 @@ def test_of_two_answers_to_one_message_the_first_is_sent_and_no_other_is_left() 
         task, client, message, context = begun(node, flower_task.dispatcher(node.runtime, None))
         flower_task.push_message(client, Message(RecordDict(), reply_to=message), context)
         assert flower_task.answer_for(node.runtime, task, header(message))
-        assert Sent(node)().answers == [(message.metadata.message_id, None)]
+        sent = Sent(node)
+        assert sent.answer(message) == (message.metadata.message_id, None) and len(sent.answers) == 1
         assert not node.state.get_messages_legacy(is_reply=True)
+
+
+def test_a_second_answer_that_comes_late_is_not_taken_for_the_next_messages() -> None:
+    with Node(free_port(), None) as node:
+        dispatcher, sent = flower_task.dispatcher(node.runtime, None), Sent(node)
+        node.put(bundle())
+        task, client, first, context = begun(node, dispatcher)
+        flower_task.push_message(client, Message(RecordDict(), reply_to=first), context)
+        sent.answer(first)
+        node.put(bundle())
+        _, client, second, context = begun(node, dispatcher)
+        assert flower_task.answer_for(node.runtime, task, header(first))
+        TaskIdentity.run_id = context.run_id
+        flower_task.push_message(client, Message(RecordDict(), reply_to=second), context)
+        assert sent.answer(second) == (second.metadata.message_id, None) and len(sent.answers) == 2
+
+
+def test_a_second_answer_that_is_dropped_while_it_is_brought_ends_its_task_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    push_message, sent = flower_task.push_message, []
+    with Node(free_port(), None) as node:
+        node.put(bundle())
+        task, client, message, context = begun(node, flower_task.dispatcher(node.runtime, None))
+        push_message(client, Message(RecordDict(), reply_to=message), context)
+
+        def meanwhile(client: Any, *others: Any) -> None:
+            put = client.PushObject
+
+            def push(*arguments: Any) -> Any:
+                sent.append(Sent(node).answer(message))
+                return put(*arguments)
+
+            client.PushObject = push
+            push_message(client, *others)
+
+        monkeypatch.setattr(flower_task, "push_message", meanwhile)
+        assert flower_task.answer_for(node.runtime, task, header(message))
+        assert sent == [(message.metadata.message_id, None)]
+        assert node.state.get_tasks()[0].status.status == "finished"
 
 
 def test_a_task_that_ends_without_an_answer_is_answered_with_an_error() -> None:
@@ -263,4 +312,17 @@ def test_a_task_that_ends_without_an_answer_is_answered_with_an_error() -> None:
         node.put(bundle())
         task, _, message, _ = begun(node, flower_task.dispatcher(node.runtime, None))
         assert flower_task.finish(node.runtime, task)
-        assert Sent(node)().answers == [(message.metadata.message_id, ErrorCode.CLIENT_APP_CRASHED)]
+        assert Sent(node).answer(message) == (message.metadata.message_id, CRASHED)
+
+
+def test_so_is_one_whose_message_was_not_even_fetched() -> None:
+    with Node(free_port(), None) as node:
+        run = node.put(bundle())
+        task = flower_task.acquire(flower_task.dispatcher(node.runtime, None))
+        assert task
+        flower_task._connect(node.runtime, task.token, None).PullTaskInput(PullTaskInputRequest())
+        miss_heartbeats(node)
+        (message,) = [entry.message for entry in node.state.msg_store.values()]  # type: ignore[attr-defined]
+        assert message.metadata.run_id == run
+        assert Sent(node).answer(message) == (message.metadata.message_id, CRASHED)
+        assert not flower_task.finish(node.runtime, task)  # nobody knows its token any more

@@ -301,8 +301,11 @@ for frame in inspect.stack():
         run = node.put(bundle(body=dies))
         assert not node.reply(run).has_error()
         worker.said("ended after an answer, killed by signal 9")
-        while node.state.get_tasks(run_ids=[run])[0].status.status != "finished":
+        end = time.monotonic() + 30
+        while (task := node.state.get_tasks(run_ids=[run])[0].status).status != "finished":
+            assert time.monotonic() < end
             time.sleep(0.05)
+        assert "heartbeat" not in task.details
         node.numbers(node.reply(node.put(bundle())))
         assert not node.state.get_messages_legacy(run_ids=[run], is_reply=True)
 

@@ -25,6 +25,7 @@ from flwr.proto.runtime_pb2 import (
     PullAppMessagesRequest,
     PullAppMessagesResponse,
     PullTaskInputRequest,
+    PushTaskOutputRequest,
 )
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
@@ -33,7 +34,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -259,8 +260,9 @@ def finish(runtime: Runtime, task: Task) -> bool:
 def _end(runtime: Runtime, task: Task, tell: Callable[[RuntimeHttpClient], None]) -> bool:
     try:
         with contextlib.closing(_connect(runtime, task.token, None)) as client:
-            tell(client)
-            push_task_output(client, None, SubStatus.FAILED, "")
+            with contextlib.suppress(ObjectPushError):  # the SuperNode has another answer, and dropped this one
+                tell(client)
+            client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.FAILED))
     except (httpx.HTTPError, OSError, ValueError) as error:
         log.warning("the SuperNode was not told of the failed task %d: %s", task.number, type(error).__name__)
         return False

@@ -22,7 +22,7 @@ from fedgen_app.files import to_json, write_atomic
 RECORD, LOCK = "registered.json", ".lock"
 GONE = "unregistered"  # Flower's status of a node whose key it does not take again
 TIMEOUT = 60.0  # seconds for one answer of the SuperLink
-STARTING = 30.0  # seconds in which one that was just started may not listen yet
+STARTING = 60.0  # seconds in which one that was just started may not listen yet
 UNAVAILABLE = "SuperLink is unavailable"  # what Flower says of it then
 
 

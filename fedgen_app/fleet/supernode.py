@@ -5,8 +5,9 @@
   anew. Where that was the answer to a heartbeat, no more would be sent: here the next one is.
 - Where a run ends while one of its messages is received, Flower keeps the task. A minute later it answers that itself,
   and takes the answer for the next message's, whose own it takes for that of the one after it, and so on.
-- Where a process dies while it hands over an answer, Flower waits for ever for the rest. Where it dies just after that,
-  its worker answers for it once more, and the second answer would be taken for the next message's.
+- Where a process dies while it hands over an answer, Flower waits for ever for the rest; where it dies before it has
+  fetched the message, for any answer. Where it dies just after it answered, its worker answers for it once more, and
+  the second answer would be taken for the next message's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -31,86 +32,94 @@ from flwr.supernode import start_client_internal as loop
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
 
+UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 WAIT = 0.1  # seconds between two looks whether an answer is all there
 _receive = loop._pull_and_store_message
 _send = loop._push_messages
 log = logging.getLogger(__name__)
 
 
-def receive(
-    *,
-    state: Any,
-    object_store: Any,
-    pull_object: Callable[..., bytes],
-    confirm_message_received: Callable[..., None],
-    **others: Any,
-) -> int | None:
-    """As Flower's, but a message whose run has ended is given up like one that is lost on its way, task and all.
+class Loop:
+    """The two halves of Flower's loop, receiving a message and sending its answer, and what the one tells the other.
 
-    An answer that lies here before a message comes, or where none came, is that of one which is gone.
+    Attributes:
+        message: The id of the message under way.
+        run: Whose it is.
     """
-    _drop(state, object_store, state.get_messages_legacy(is_reply=True))
-    run: int | None = _receive(
-        state=state,
-        object_store=object_store,
-        pull_object=_losing(pull_object),
-        confirm_message_received=_losing(confirm_message_received),
-        **others,
-    )
-    if run is None:
-        _drop(state, object_store, state.get_messages_legacy(is_reply=True))
-    return run
+
+    message = ""
+    run = 0
+
+    def receive(
+        self,
+        *,
+        state: Any,
+        object_store: Any,
+        receive: Callable[[], tuple[Message, Any] | None],
+        pull_object: Callable[..., bytes],
+        confirm_message_received: Callable[..., None],
+        **others: Any,
+    ) -> int | None:
+        """As Flower's, but a message whose run has ended is given up like one that is lost on its way, task and all."""
+
+        def noted() -> tuple[Message, Any] | None:
+            if found := receive():
+                self.message, self.run = found[0].metadata.message_id, found[0].metadata.run_id
+            return found
+
+        self.message = ""
+        run: int | None = _receive(
+            state=state,
+            object_store=object_store,
+            receive=noted,
+            pull_object=_losing(pull_object),
+            confirm_message_received=_losing(confirm_message_received),
+            **others,
+        )
+        if run is None:  # no message is under way: what lies here answers one that is gone
+            for reply in state.get_messages_legacy(is_reply=True):
+                state.delete_messages(message_ids=[reply.metadata.message_id, reply.metadata.reply_to_message_id])
+                object_store.delete(reply.metadata.message_id)
+        return run
+
+    def send(self, *, state: Any, object_store: Any, **others: Any) -> None:
+        """As Flower's, but it sends the one whole answer to the message under way, or that there is none."""
+        seen: Any = _Answers(state, object_store, self.message, self.run)
+        _send(state=seen, object_store=object_store, **others)
 
 
-def _drop(state: Any, object_store: Any, replies: Sequence[Message]) -> None:
-    """Forget answers and what they answered."""
-    for reply in replies:
-        state.delete_messages(message_ids=[reply.metadata.message_id, reply.metadata.reply_to_message_id])
-        object_store.delete(reply.metadata.message_id)
-
-
-def send(*, state: Any, object_store: Any, **others: Any) -> None:
-    """As Flower's, but an answer is sent once it is all there, and one of two is; of half a one, that it got lost."""
-    seen: Any = _WholeReplies(state, object_store)
-    _send(state=seen, object_store=object_store, **others)
-
-
-class _WholeReplies:
+class _Answers:
     """A SuperNode's state, as Flower's loop that sends answers sees it."""
 
-    def __init__(self, state: Any, object_store: Any) -> None:
-        self._state, self._objects = state, object_store
+    def __init__(self, state: Any, object_store: Any, message: str, run: int) -> None:
+        self._state, self._objects, self._message, self._run = state, object_store, message, run
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._state, name)
 
     def get_messages_legacy(self, *, is_reply: bool) -> list[Message]:
-        """The answers that are there and have not been given out yet, one of each message.
-
-        Where only half a one is there, none: what stands in its place comes with the next call.
-        """
-        found: dict[str, Message] = {}
-        runs = {task.run_id for task in self._state.get_tasks()}
-        waiting = self._at_work(runs)
+        """The answer to the message under way; none: it is not there yet, or was half a one, and an error will come."""
+        found: list[Message] = []
+        waiting = self._at_work()
         for reply in self._state.get_messages_legacy(is_reply=is_reply):
-            answered = reply.metadata.reply_to_message_id
-            if answered not in found and self._arrives(reply):
-                found[answered] = reply
+            if reply.metadata.reply_to_message_id == self._message and not found and self._arrives(reply):
+                found.append(reply)
             else:
                 self._lose(reply)
-        if not found and not waiting:  # who said that it had answered had not
-            self._state._store_error_replies(runs, CLIENT_APP_CRASHED_ERROR)
-        return list(found.values())
+        if not found and not waiting:  # whoever had the task is gone without an answer, or without the message even
+            self._state.get_messages_legacy(run_ids=[self._run], is_reply=False)
+            self._state._store_error_replies({self._run}, CLIENT_APP_CRASHED_ERROR)
+        return found
 
-    def _at_work(self, runs: Collection[int]) -> bool:
+    def _at_work(self) -> bool:
         """Whether somebody may yet answer; asked before one looks for an answer, for the task ends after that."""
-        return any(task.status.status != Status.FINISHED for task in self._state.get_tasks(run_ids=runs))
+        return bool(self._state.get_tasks(run_ids=[self._run], statuses=UNFINISHED))
 
     def _arrives(self, reply: Message) -> bool:
         """Wait for its parts, for as long as somebody may bring them."""
         tree = self._objects.get_object_tree(reply.metadata.message_id)
         while True:
-            waiting = self._at_work([reply.metadata.run_id])
+            waiting = self._at_work()
             if all(self._objects.get(part.object_id) for part in iterate_object_tree(tree)):
                 return True
             if not waiting:
@@ -118,11 +127,9 @@ class _WholeReplies:
             time.sleep(WAIT)
 
     def _lose(self, reply: Message) -> None:
-        """Forget it; its message gets the error of a crash, unless something else answers that."""
-        log.error("an answer of run %d is dropped: it is not whole, or a second one", reply.metadata.run_id)
+        log.error("an answer of run %d is dropped: half a one, a second one, or too late", reply.metadata.run_id)
         self._objects.delete(reply.metadata.message_id)
         self._state.delete_messages(message_ids=[reply.metadata.message_id])
-        self._state._store_error_replies({reply.metadata.run_id}, CLIENT_APP_CRASHED_ERROR)
 
 
 def heart(beat: Callable[[], bool]) -> HeartbeatSender:
@@ -153,8 +160,8 @@ def main() -> None:
     """Run it with its own options; exit status 1 where it, or a thread of it, ends by an error."""
     sys.argv[0] = "flower-supernode"  # as its messages say
     threading.excepthook = _end
-    vars(loop)[_receive.__name__] = receive
-    vars(loop)[_send.__name__] = send
+    mended = Loop()
+    vars(loop)[_receive.__name__], vars(loop)[_send.__name__] = mended.receive, mended.send
     vars(connection)[HeartbeatSender.__name__] = heart
     try:
         flower_supernode()

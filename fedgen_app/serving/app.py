@@ -100,8 +100,8 @@ class Service:
         try:
             for _ in range(2):
                 await asyncio.wait(either, timeout=self.limits.patience / 2, return_when=asyncio.FIRST_COMPLETED)
-                if result.done():
-                    return result.result()
+                if job.done():  # which ``result`` may not know yet
+                    return job.result()
                 if leaving.done():
                     raise ServiceError(499, "nobody waits for the answer any more")
                 if not job.running():

@@ -22,12 +22,14 @@ class Connection(H11Protocol):
     """
 
     limits: ClassVar[Limits] = Limits()
+    network = ""  # whose connection it is
     _speaking: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a request."""
         super().connection_made(transport)
+        self.network = network(self.client[0]) if self.client else ""
         if len(self.connections) > MOST_CONNECTIONS or self._alike() > self.limits.alike:
             self.app = self._crowded
         self._speaking = self.loop.call_later(self.limits.head, transport.abort)
@@ -64,9 +66,7 @@ class Connection(H11Protocol):
 
     def _alike(self) -> int:
         """Connections of this one's network, itself included."""
-        addresses = [other.client[0] for other in self.connections if isinstance(other, Connection) and other.client]
-        here = network(self.client[0]) if self.client else ""
-        return sum(network(address) == here for address in addresses)
+        return sum(isinstance(other, Connection) and other.network == self.network for other in self.connections)
 
     async def _crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the app refuse it, as it does all else."""

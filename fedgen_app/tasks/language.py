@@ -225,6 +225,8 @@ def sample(
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                num_beams=1,  # whatever the checkpoint's own configuration says
+                num_return_sequences=1,
                 logits_processor=LogitsProcessorList(
                     [TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.95), _DrawnAlone(draws)]
                 ),

@@ -49,9 +49,11 @@ for program in @{programs}; do
     [ -x "$environment/bin/$program" ] || die "$environment/bin/$program is missing; install fedgen-edge there again"
 done
 say "ok: fedgen-edge $found in $environment"
-placed=$("$python" -P -c 'from importlib.metadata import distribution as d
-print(int(next(f for f in d("fedgen-edge").files or () if f.name == "RECORD").locate().stat().st_mtime))') ||
+times=$("$python" -P -c 'import time; from importlib.metadata import distribution as d
+placed = next(f for f in d("fedgen-edge").files or () if f.name == "RECORD").locate().stat().st_mtime
+print(int(placed), int(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)))') ||
     die "fedgen-edge in $environment is not whole; install it there again"
+placed=${times% *} booted=${times#* }  # when the package was, and the machine; seconds since 1970
 
 make_user() {
     if [ "$files_only" = yes ]; then return; fi
@@ -89,8 +91,8 @@ place_unit() {  # place_unit NAME
 
 current() {  # current NAME: runs with what is installed: it was started after that
     systemctl is-active --quiet "$1.service" || return 1
-    entered=$(systemctl show --property=ActiveEnterTimestampMonotonic --value "$1.service")  # since the machine's start
-    [ $(($(date +%s) - $(cut -d. -f1 /proc/uptime) + entered / 1000000)) -ge "$placed" ]
+    entered=$(systemctl show --property=ActiveEnterTimestampMonotonic --value "$1.service")  # less what it was suspended
+    [ $((booted + entered / 1000000)) -ge "$placed" ]
 }
 
 serve() {  # serve NAME [TEXT]: runs, and where a TEXT is named has said it, which takes up to a minute
