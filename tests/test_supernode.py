@@ -30,7 +30,6 @@ from nodes import NODE, Node, bundle
 
 from fedgen_app.engines.keeper import free_port
 from fedgen_app.fleet import flower_task, supernode
-from fedgen_app.fleet.loopback import Runtime
 
 # Where Flower's SuperNode ends: by an error or without one, and a thread stays that is no daemon.
 ENDS = """
@@ -86,7 +85,7 @@ def test_a_message_whose_run_ends_meanwhile_leaves_no_answer_for_the_next(lost_a
         fab = bundle()
         done = node.put(fab)
         dispatcher = flower_task.dispatcher(node.runtime, None)
-        fetch(node.runtime, dispatcher)
+        begun(node, dispatcher)
         for task in node.state.get_tasks(run_ids=[done]):
             node.state.finish_task(task.task_id, "completed", "")
         node.state.delete_messages()
@@ -99,7 +98,7 @@ def test_a_message_whose_run_ends_meanwhile_leaves_no_answer_for_the_next(lost_a
         def pull_object(_: int, identifier: str) -> bytes:
             if not fetched:
                 fetched.append(True)
-                fetch(node.runtime, dispatcher)
+                begun(node, dispatcher)
             if lost_at == "object":
                 raise RunNotRunningException
             return contents[identifier]
@@ -120,19 +119,8 @@ def test_a_message_whose_run_ends_meanwhile_leaves_no_answer_for_the_next(lost_a
             trusted_entities=None,
         )
         assert run is None and fetched
-        for token in node.state.task_token_store.values():  # type: ignore[attr-defined]
-            token.active_until = now() - timedelta(seconds=1)
+        miss_heartbeats(node)
         assert bool(node.state.get_messages_legacy(is_reply=True)) != mended
-
-
-def fetch(runtime: Runtime, dispatcher: Any) -> None:
-    """What a worker's child does first: it takes the task and its message's header."""
-    task = flower_task.acquire(dispatcher)
-    assert task
-    client = flower_task._connect(runtime, task.token, None)
-    client.PullTaskInput(PullTaskInputRequest())
-    client.PullMessages(PullAppMessagesRequest())
-    client.close()
 
 
 def test_an_answer_that_nobody_waits_for_is_dropped_before_the_next_message() -> None:

@@ -149,8 +149,8 @@ def check_another_device(machine: Machine) -> None:
 def check_operator(machine: Machine) -> None:
     """Flower's own commands, from a machine whose address nginx lets to the control API."""
 
-    def flwr(*arguments: str | Path, fails: bool = False) -> str:
-        return machine.run("env", "FLWR_HOME=clinic/operator", FEDGEN.parent / "flwr", *arguments, fails=fails)
+    def flwr(*arguments: str | Path) -> str:
+        return machine.run("env", "FLWR_HOME=clinic/operator", FEDGEN.parent / "flwr", *arguments)
 
     def runs() -> list[dict[str, str]]:
         found: list[dict[str, str]] = json.loads(flwr("list", "clinic", "--format", "json"))["runs"]
@@ -195,7 +195,11 @@ def certificate(machine: Machine) -> str:
 
 def check_new_keys(machine: Machine) -> None:
     """A device's own, and the one that all devices share."""
-    keys = machine.run("sh", "-c", "cat /etc/fedgen/*/cluster.key | od -An -tx1")
+
+    def common() -> str:
+        return machine.run("sh", "-c", "cat /etc/fedgen/*/cluster.key | od -An -tx1")
+
+    keys = common()
     own = machine.run("cat", "/etc/fedgen/ant/device.key")
     provision(machine, "--new-key", "ant", "--new-cluster-key")
     install(machine, "server")
@@ -203,7 +207,7 @@ def check_new_keys(machine: Machine) -> None:
     for device in DEVICES:
         assert "and has reached the server" in install(machine, device)
     assert machine.run("cat", "/etc/fedgen/ant/device.key") != own
-    changed = machine.run("sh", "-c", "cat /etc/fedgen/*/cluster.key | od -An -tx1")
+    changed = common()
     assert changed != keys and len(changed) == len(keys)
     run(machine, "keys")
 

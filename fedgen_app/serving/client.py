@@ -28,9 +28,9 @@ MOST_ADAPTER_HEADER = 8 * 1024**2  # bytes: two keys for each layer of a large m
 MOST_ERROR = 4096  # bytes of an answer that refuses
 MOST_CLUSTERS = 256  # of which one adapter is mixed, where the settings do not say how many there are
 TRIES = 5  # times that a service is asked that is busy, or ends a connection without an answer
-BUSY = (429, 503)
 LONGEST_WAIT = 60.0  # seconds between them
 ENDED_WAIT = 2.0  # the same, where it did not say how many
+BUSY = (429, 503)  # what a service says that may be asked again
 TIMEOUTS = httpx.Timeout(330.0, connect=10.0)  # a little more than a service's own patience
 
 
